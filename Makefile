@@ -1,0 +1,53 @@
+# Every target sets up what it needs: `make fit` and `make test` work on a fresh checkout.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+# Tools are run on these, never on `.`: the root entries `models` and `guides` are links.
+CODE   := conftest.py .ci/check_wheel ppl_vae tests $(wildcard benchmarks notebooks)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install fit test lint typecheck format build-check clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+install: .venv/.dev ## Set up .venv with the library and the development tools, at the pinned versions
+
+fit: .venv/.run ## Train a small VAE on the handwritten digits; the run lands in runs/digits
+	$(BIN)/ppl-vae fit --data digits --output runs/digits --overwrite
+
+test: .venv/.dev ## Run the tests and the doctests; ARGS="-k vae" is passed to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.dev ## Check style and formatting
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+typecheck: .venv/.dev ## Check the types
+	$(BIN)/mypy
+
+format: .venv/.dev ## Fix what can be fixed by itself, and format
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+build-check: .venv/.dev ## Build the wheel and import it in a clean environment
+	$(BIN)/python .ci/check_wheel
+
+clean: ## Remove caches and build outputs (.venv and runs stay)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find ppl_vae tests benchmarks notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps .run and .dev say that the pinned install is done; they age with the two files on the right.
+.venv/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch .venv/.run $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"ppl-vae needs Python 3.11 or newer, got " + sys.version.split()[0] + "; try: make PYTHON=python3.11 <target>")'
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

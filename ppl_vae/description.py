@@ -1,0 +1,98 @@
+"""Modules as plain data: the class and its constructor's arguments, nested.
+
+The library's classes keep each constructor argument as an attribute of the same name, so that a
+built module can be described, and built again, from the constructor's signature alone.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ppl_vae._checks import did_you_mean
+
+PACKAGES = ("models", "guides", "priors", "likelihoods", "networks")
+
+
+def library_classes() -> dict[str, type]:
+    """Return the library's public classes of models, guides, priors, likelihoods and networks, by name."""
+    modules = [importlib.import_module(f"ppl_vae.{package}") for package in PACKAGES]
+    return {name: getattr(module, name) for module in modules for name in module.__all__}
+
+
+def describe(value: Any) -> Any:  # noqa: ANN401
+    """Return ``value`` as plain data: numbers, strings, lists and dictionaries.
+
+    A module becomes ``{"class": name, argument: ...}``, a function ``{"function": path}`` and a
+    ``functools.partial`` the same with its keywords.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, functools.partial):
+        return describe(value.func) | {key: describe(item) for key, item in value.keywords.items()}
+    if inspect.isclass(value):
+        return {"class": _path(value)}
+    if callable(value) and not isinstance(value, nn.Module):
+        return {"function": _path(value)}
+    arguments = {
+        name: describe(getattr(value, name))
+        for name, parameter in inspect.signature(type(value)).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and hasattr(value, name)
+    }
+    return {"class": _path(type(value))} | arguments
+
+
+def _path(value: Any) -> str:  # noqa: ANN401
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    if library_classes().get(name) is value:
+        return name
+    return f"{getattr(value, '__module__', type(value).__module__)}.{name}"
+
+
+def build(description: Any, name: str, classes: Iterable[type] = ()) -> Any:  # noqa: ANN401
+    """Build what ``describe`` described, from the library's classes and ``classes`` alone.
+
+    Nothing is imported: a class that is neither the library's nor among ``classes`` is an error.
+
+    Args:
+        description: plain data as ``describe`` returns it.
+        name: what the description is, for errors.
+        classes: further classes that may be built.
+
+    Raises:
+        ValueError: naming the entry, if a class is unknown or refuses its arguments.
+    """
+    known = library_classes() | {_path(cls): cls for cls in classes}
+    return _build(description, name, known)
+
+
+def _build(description: Any, name: str, known: Mapping[str, type]) -> Any:  # noqa: ANN401
+    if isinstance(description, list):
+        return tuple(_build(item, f"{name}[{i}]", known) for i, item in enumerate(description))
+    if not isinstance(description, dict):
+        return description
+    if "function" in description:
+        raise ValueError(
+            f"{name}: was the function {description['function']!r}, which is no class of the library; "
+            f"pass it as `{name.split('.')[0]}=`"
+        )
+    path = description.get("class")
+    if not isinstance(path, str) or path not in known:
+        raise ValueError(
+            f"{name}: was made by {path!r}, which is no class of the library{did_you_mean(path, known)}; "
+            f"pass the {name.split('.')[0]} as `{name.split('.')[0]}=` or its class in `classes=`"
+        )
+    arguments = {
+        key: _build(item, f"{name}.{key}", known) for key, item in description.items() if key != "class"
+    }
+    try:
+        return known[path](**arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: {path} can't be built: {str(error).splitlines()[0]}") from error

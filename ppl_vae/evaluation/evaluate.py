@@ -1,0 +1,236 @@
+"""Evaluation of a model / guide pair: ELBO, its parts, and importance-sampled log p(x)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from ppl_vae._checks import check_positive, check_positive_int
+from ppl_vae._random import seeded
+from ppl_vae.data import batches, num_batches
+from ppl_vae.infer.log_weights import Terms, terms
+from ppl_vae.infer.placing import place, prepare_data
+from ppl_vae.infer.running import Program, batch_arguments, check_pair, evaluating, trace_pair
+
+# A pass over rows (a draw for a datum each) is quickest when its tensors stay in the processor's
+# caches; a GPU wants as many as fit.
+CPU_ROWS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A quantity estimated for each datum.
+
+    Attributes:
+        values: nats, ``[n]``.
+        num_particles: the number of draws per datum.
+        monte_carlo_error: the standard deviation of ``mean`` over new draws for the same data.
+    """
+
+    values: Tensor = field(repr=False)
+    num_particles: int
+    monte_carlo_error: float
+
+    @property
+    def mean(self) -> float:
+        """The mean over data, nats per datum."""
+        return float(self.values.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error of the mean, over data: how far new data would move it."""
+        return float(self.values.std() / math.sqrt(len(self.values))) if len(self.values) > 1 else math.nan
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} +- {self.standard_error:.2f}"
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What ``evaluate`` measured; ``elbo.values = reconstruction.values - sum of kl values``.
+
+    Attributes:
+        elbo: the evidence lower bound.
+        reconstruction: E[log p(x | z)] under the guide.
+        kl: for each latent site E[log q(z | x) - log p(z)].
+        log_likelihood: log of the mean importance weight, in expectation a lower bound on log p(x)
+            that rises to it with the number of particles.
+        num_data: n.
+        num_particles: K.
+    """
+
+    elbo: Estimate
+    reconstruction: Estimate
+    kl: dict[str, Estimate]
+    log_likelihood: Estimate
+    num_data: int
+    num_particles: int
+
+    def summary(self) -> dict[str, Any]:
+        """Return means, standard errors and Monte Carlo errors as plain numbers, for a file."""
+        named = {"elbo": self.elbo, "reconstruction": self.reconstruction}
+        named |= {f"kl_{site}": estimate for site, estimate in self.kl.items()}
+        named |= {"log_likelihood": self.log_likelihood}
+        return {"num_data": self.num_data, "num_particles": self.num_particles} | {
+            name: {
+                "mean": estimate.mean,
+                "standard_error": estimate.standard_error,
+                "monte_carlo_error": estimate.monte_carlo_error,
+            }
+            for name, estimate in named.items()
+        }
+
+    def __str__(self) -> str:
+        rows = [("ELBO", self.elbo), ("reconstruction", self.reconstruction)]
+        rows += [(f"KL of {site}", estimate) for site, estimate in self.kl.items()]
+        rows += [(f"log p(x), K={self.num_particles}", self.log_likelihood)]
+        lines = [f"{name:<20} {estimate.mean:>10.2f} +- {estimate.standard_error:.2f}" for name, estimate in rows]
+        head = f"nats per datum, mean and standard error over {self.num_data} data"
+        return "\n".join([head, *lines])
+
+
+def evaluate(
+    model: Program,
+    guide: Program,
+    data: Any,  # noqa: ANN401
+    *,
+    num_particles: int = 1000,
+    memory: int = 512 * 2**20,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure ELBO, reconstruction, KL of each latent site, and log p(x) by importance sampling.
+
+    Runs both programs in evaluation mode; no parameter, buffer or random stream of the caller changes.
+    All four come from the same K draws per datum.
+
+    Args:
+        model: program over the latent sites and the data.
+        guide: program over the latent sites, the importance sampler's proposal.
+        data: a ``Split``, a tensor ``[n, *event]``, a tuple ``(x, y)``, a torch ``Dataset`` or ``DataLoader``.
+        num_particles: K, the number of draws per datum.
+        memory: bytes that a pass may take beyond the data and the parameters.
+        device: where to work; by default where the model's parameters are.
+        seed: of the draws.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+
+    References:
+        Importance Weighted Autoencoders (Burda et al., 2016), arXiv:1509.00519
+
+    Example:
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> result = evaluate(model, guide, torch.randn(20, 5), num_particles=10, progress=False)
+        >>> result.elbo.mean <= result.log_likelihood.mean
+        True
+    """
+    check_positive_int("num_particles", num_particles)
+    check_positive("memory", memory)
+    where = place(device, model, guide)
+    data = prepare_data(data, "data", where)
+    total = num_batches(data, 1)
+    parts: list[dict[str, Tensor]] = []
+    with (
+        seeded(seed),
+        evaluating(model, guide),
+        tqdm(total=total, unit="datum", desc="log p(x)", disable=not progress, dynamic_ncols=True) as bar,
+    ):
+        first = batch_arguments(model, next(iter(batches(data, 2, device=where, shuffle=False))))
+        check_pair(*trace_pair(model, guide, *first), first)
+        rows = rows_within(memory, lambda k: terms(model, guide, *(t[:1] for t in first), num_particles=k))
+        if where.type == "cpu":
+            rows = min(rows, CPU_ROWS)
+        particles = min(num_particles, rows)
+        with pyro.validation_enabled(False):
+            for loaded in batches(data, max(1, rows // particles), device=where, shuffle=False):
+                batch = batch_arguments(model, loaded)
+                for small in zip(*(t.split(max(1, rows // particles)) for t in batch), strict=True):
+                    parts.append(_evaluate_batch(model, guide, small, num_particles, particles))
+                    bar.update(len(small[0]))
+    values = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    n = len(values["elbo"])
+
+    def estimate(name: str) -> Estimate:
+        variance = values[f"{name}_variance"].sum()
+        return Estimate(values[name], num_particles, float(variance.sqrt() / n))
+
+    sites = [name.removeprefix("kl_") for name in values if name.startswith("kl_") and not name.endswith("_variance")]
+    return Evaluation(
+        estimate("elbo"),
+        estimate("reconstruction"),
+        {site: estimate(f"kl_{site}") for site in sites},
+        estimate("log_likelihood"),
+        n,
+        num_particles,
+    )
+
+
+def _evaluate_batch(
+    model: Program, guide: Program, batch: tuple[Tensor, ...], num_particles: int, chunk: int
+) -> dict[str, Tensor]:
+    """Return each estimate for each datum, ``[n]``, and the variance of each, from chunks of draws."""
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    log_sum = log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64)
+    done = 0
+    while done < num_particles:
+        k = min(chunk, num_particles - done)
+        part = terms(model, guide, *batch, num_particles=k)
+        weights = part.log_weights().double()
+        named = {"elbo": weights, "reconstruction": part.reconstruction.double()}
+        named |= {f"kl_{site}": kl.double() for site, kl in part.kl.items()}
+        for name, value in named.items():
+            sums[name] = sums.get(name, torch.zeros(())).to(value) + value.sum(0)
+            squares[name] = squares.get(name, torch.zeros(())).to(value) + value.square().sum(0)
+        log_sum = torch.logaddexp(log_sum.to(weights), weights.logsumexp(0))
+        log_sum_squares = torch.logaddexp(log_sum_squares.to(weights), (2 * weights).logsumexp(0))
+        done += k
+    result = {name: total / num_particles for name, total in sums.items()}
+    for name, square in squares.items():
+        spread = (square / num_particles - result[name].square()).clamp(min=0)
+        result[f"{name}_variance"] = spread / max(num_particles - 1, 1)
+    result["log_likelihood"] = log_sum - math.log(num_particles)
+    # the delta method: the variance of log(mean w) is that of mean w over its square
+    relative = (log_sum_squares - 2 * log_sum + math.log(num_particles)).exp() - 1
+    result["log_likelihood_variance"] = relative.clamp(min=0) / max(num_particles - 1, 1)
+    return result
+
+
+def rows_within(memory: float, run: Callable[[int], Terms]) -> int:
+    """Return how many rows (a draw for a datum each) a pass may have to stay within ``memory`` bytes.
+
+    Counts the bytes that a pass makes, as if none were freed before its end.
+    """
+    counts = []
+    for k in (1, 5):
+        with _CountBytes() as counter:
+            run(k)
+        counts.append(counter.bytes)
+    return max(1, int(memory // max(1, (counts[1] - counts[0]) // 4)))
+
+
+class _CountBytes(TorchDispatchMode):
+    """Adds up the sizes of all tensors made inside its context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and not tensor._is_view():
+                self.bytes += tensor.untyped_storage().nbytes()
+        return result

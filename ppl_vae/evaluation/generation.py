@@ -1,0 +1,342 @@
+"""Samples, reconstructions, latents, traversals and interpolations, made by running the programs."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from ppl_vae._checks import check_positive_int
+from ppl_vae.infer.running import Program, Site, evaluating, latent_sites, observed_sites, trace_pair
+
+_DRAWS = "give it a keyword `size=None` and draw size data where the batch is None"
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Data drawn from the prior.
+
+    Attributes:
+        x: draws at the site "x", ``[n, *event]``.
+        mean: means of the likelihood that they were drawn from, ``[n, *event]``.
+    """
+
+    x: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstructions:
+    """Data and the likelihood's mean given one draw of the guide for each.
+
+    Attributes:
+        x: the data, ``[n, *event]``.
+        mean: the means, ``[n, *event]``.
+    """
+
+    x: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """The guide's latent of each datum.
+
+    Attributes:
+        z: posterior means, or draws where the guide's family has no mean, ``[n, latent]``.
+        y: labels that were passed along, ``[n]``, or None.
+    """
+
+    z: Tensor
+    y: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Traversal:
+    """The likelihood's mean while one latent dimension moves and the others rest.
+
+    Attributes:
+        x: the means, ``[dims, steps, *event]``.
+        values: the values that the moving dimension takes, ``[steps]``.
+        dims: the dimensions that move, whole numbers ``[dims]``.
+    """
+
+    x: Tensor
+    values: Tensor
+    dims: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Interpolation:
+    """The likelihood's mean along straight lines between pairs of latents.
+
+    Attributes:
+        x: the means, ``[pairs, steps, *event]``.
+        weights: weights of the end point, from 0 to 1, ``[steps]``.
+    """
+
+    x: Tensor
+    weights: Tensor
+
+
+def sample(model: Program, size: int) -> Samples:
+    """Draw data from the prior, with the mean of the likelihood that each was drawn from.
+
+    Args:
+        model: a program that takes ``model(None, size=n)``.
+        size: how many data to draw.
+
+    Returns:
+        Draws and means, each ``[size, *event]``, on the CPU.
+
+    Raises:
+        TypeError: if the model can't be called as ``model(None, size=size)``.
+        ValueError: if the model has no site "x" or draws another number of data.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x, size=None):
+        ...     with pyro.plate("data", size if x is None else len(x), dim=-1):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         return pyro.sample("x", dist.Normal(2 * z, 1.0).to_event(1), obs=x)
+        >>> sample(model, 5).mean.shape
+        torch.Size([5, 2])
+    """
+    size = check_positive_int("size", size)
+    with evaluating(model):
+        trace = _draw(model, size)
+        drawn, mean = _site(trace, "x", "model")["value"], _mean(trace)
+    return Samples(drawn.cpu(), mean.cpu())
+
+
+def reconstruct(model: Program, guide: Program, *batch: Any) -> Reconstructions:
+    """Draw one latent of each datum from the guide, and return the likelihood's mean given it.
+
+    Args:
+        model: a program that takes the batch.
+        guide: a program that takes the same batch.
+        *batch: the batch, the data ``[n, *event]`` first.
+
+    Returns:
+        Data and means, each ``[n, *event]``, on the CPU.
+
+    Raises:
+        TypeError: if the batch doesn't start with a tensor.
+        ValueError: if the model has no site "x".
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x), dim=-1):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         return pyro.sample("x", dist.Normal(2 * z, 1.0).to_event(1), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x), dim=-1):
+        ...         return pyro.sample("z", dist.Normal(0.4 * x, 0.4).to_event(1))
+        >>> reconstruct(model, guide, torch.randn(5, 2)).mean.shape
+        torch.Size([5, 2])
+    """
+    x = _check_batch(batch)
+    with evaluating(model, guide):
+        trace, _ = trace_pair(model, guide, *batch)
+        mean = _mean(trace)
+    return Reconstructions(x.detach().cpu(), mean.cpu())
+
+
+def encode(guide: Program, *batch: Any, y: Tensor | None = None) -> Latents:
+    """Return the guide's mean of each datum's latent, or a draw where its family has no mean.
+
+    Args:
+        guide: a program that takes the batch.
+        *batch: the batch, the data ``[n, *event]`` first.
+        y: labels to pass along, for the colours of a plot, ``[n]``; the guide doesn't see them.
+
+    Returns:
+        Latents ``[n, latent]`` and labels, on the CPU.
+
+    Raises:
+        TypeError: if the batch doesn't start with a tensor.
+        ValueError: if the guide has no site "z", or y hasn't one label for each datum.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x), dim=-1):
+        ...         return pyro.sample("z", dist.Normal(0.5 * x, 1.0).to_event(1))
+        >>> encode(guide, torch.ones(2, 3)).z
+        tensor([[0.5000, 0.5000, 0.5000],
+                [0.5000, 0.5000, 0.5000]])
+    """
+    x = _check_batch(batch)
+    labels = None if y is None else torch.as_tensor(y).detach().cpu()
+    if labels is not None and labels.shape != x.shape[:1]:
+        raise ValueError(f"y: expected one label for each of {len(x)} data, got shape {tuple(labels.shape)}")
+    with evaluating(guide):
+        site = _site(poutine.trace(guide).get_trace(*batch), "z", "guide")
+        try:
+            z = site["fn"].mean
+        except NotImplementedError:
+            z = site["value"]
+    return Latents(z.cpu(), labels)
+
+
+def traverse(
+    model: Program,
+    z: Tensor,
+    *,
+    dims: Sequence[int] | None = None,
+    values: Sequence[float] | Tensor = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0),
+) -> Traversal:
+    """Move each dimension of one latent through values, the others at rest, and return x's means.
+
+    Args:
+        model: a program that takes ``model(None, size=n)``.
+        z: the latent to start from, ``[latent]``; the prior's mean is a usual choice.
+        dims: the dimensions to move; None moves each in turn.
+        values: what the moving dimension is set to, ``[steps]``.
+
+    Returns:
+        Means ``[dims, steps, *event]`` with the values and dimensions, on the CPU.
+
+    Raises:
+        TypeError: if the model can't be called as ``model(None, size=n)``.
+        ValueError: if a shape is wrong or a dimension doesn't exist.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x, size=None):
+        ...     with pyro.plate("data", size if x is None else len(x), dim=-1):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         return pyro.sample("x", dist.Normal(2 * z, 1.0).to_event(1), obs=x)
+        >>> traverse(model, torch.zeros(2), dims=[1], values=[-1.0, 1.0]).x
+        tensor([[[ 0., -2.],
+                 [ 0.,  2.]]])
+    """
+    _check_latents("z", z, "one latent [latent]", ndims=(1,))
+    moved = list(range(len(z)) if dims is None else dims)
+    if not moved or any(dim not in range(len(z)) for dim in moved):
+        raise ValueError(f"dims: expected latent dimensions from 0 to {len(z) - 1}, got {dims!r}")
+    steps = torch.as_tensor(values, dtype=z.dtype, device=z.device).detach()
+    if steps.ndim != 1 or not len(steps):
+        raise ValueError(f"values: expected a sequence of numbers, got {_describe(values)}")
+    grid = z.detach().expand(len(moved), len(steps), len(z)).clone()
+    for row, dim in zip(grid, moved, strict=True):
+        row[:, dim] = steps
+    return Traversal(_decode(model, grid), steps.cpu(), torch.tensor(moved))
+
+
+def interpolate(model: Program, z_start: Tensor, z_end: Tensor, *, steps: int = 9) -> Interpolation:
+    """Go in a straight line from each start to its end, and return x's means on the way.
+
+    Args:
+        model: a program that takes ``model(None, size=n)``.
+        z_start: the latents to start from, ``[pairs, latent]``, or one ``[latent]``.
+        z_end: the latents to end at, the same shape.
+        steps: points on each line, both ends included, at least 2.
+
+    Returns:
+        Means ``[pairs, steps, *event]`` with the end point's weights, on the CPU.
+
+    Raises:
+        TypeError: if the model can't be called as ``model(None, size=n)``.
+        ValueError: if the shapes are wrong or differ, or steps is below 2.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x, size=None):
+        ...     with pyro.plate("data", size if x is None else len(x), dim=-1):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...         return pyro.sample("x", dist.Normal(2 * z, 1.0).to_event(1), obs=x)
+        >>> interpolate(model, torch.zeros(2), torch.ones(2), steps=3).x
+        tensor([[[0., 0.],
+                 [1., 1.],
+                 [2., 2.]]])
+    """
+    if check_positive_int("steps", steps) < 2:
+        raise ValueError(f"steps: expected at least 2, the start and the end, got {steps!r}")
+    for name, z in (("z_start", z_start), ("z_end", z_end)):
+        _check_latents(name, z, "latents [pairs, latent] or [latent]", ndims=(1, 2))
+    if z_start.shape != z_end.shape:
+        raise ValueError(f"z_end: expected z_start's shape {_shape(z_start)}, got {_shape(z_end)}")
+    start, end = (z.reshape(-1, 1, z.shape[-1]) for z in (z_start, z_end))
+    weights = torch.linspace(0.0, 1.0, steps, dtype=start.dtype, device=start.device)
+    return Interpolation(_decode(model, torch.lerp(start, end, weights[:, None])), weights.cpu())
+
+
+def _draw(model: Program, size: int, z: Tensor | None = None) -> Trace:
+    """Trace ``model(None, size=size)``, with the site "z" set to ``z`` where given."""
+    try:
+        inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(None, size=size)
+    except TypeError:
+        raise TypeError(f"model: can't be called as model(None, size={size}); {_DRAWS}") from None
+    except ValueError:  # a callable without a signature
+        pass
+    program = model if z is None else poutine.condition(model, data={"z": z})
+    try:
+        trace = poutine.trace(program).get_trace(None, size=size)
+    except (AttributeError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise TypeError(f"model: model(None, size={size}) failed ({reason}); {_DRAWS}") from error
+    drawn = _site(trace, "x", "model")["value"]
+    if drawn.ndim == 0 or len(drawn) != size:
+        raise ValueError(f"model: expected model(None, size={size}) to draw {size} data, got {_shape(drawn)}")
+    return trace
+
+
+def _decode(model: Program, z: Tensor) -> Tensor:
+    """Return the likelihood's means ``[*grid, *event]`` of latents ``[*grid, latent]``."""
+    with evaluating(model):
+        # Conditioning on a site that the model lacks does nothing, so look at the prior first.
+        prior = _site(_draw(model, 1), "z", "model")["value"]
+        if prior.shape != (1, z.shape[-1]):
+            raise ValueError(f"z: expected the model's shape {_shape(prior)[1:]}, got {_shape(z)[-1:]}")
+        flat = z.detach().to(prior).flatten(end_dim=-2)
+        mean = _mean(_draw(model, len(flat), flat))
+    return mean.reshape(*z.shape[:-1], *mean.shape[1:]).cpu()
+
+
+def _mean(trace: Trace) -> Tensor:
+    """Return the mean of the likelihood at the site "x"."""
+    distribution = _site(trace, "x", "model")["fn"]
+    try:
+        mean: Tensor = distribution.mean
+    except NotImplementedError:
+        raise NotImplementedError(f"model: site 'x' has no mean: {distribution}") from None
+    return mean
+
+
+def _site(trace: Trace, name: str, program: str) -> Site:
+    """Return a sample site of a trace, or raise with the names of those that it has."""
+    sites = latent_sites(trace) | observed_sites(trace)
+    if name not in sites:
+        raise ValueError(f"{program}: expected a site {name!r}, got sites {list(sites)}")
+    return sites[name]
+
+
+def _check_batch(batch: tuple[Any, ...]) -> Tensor:
+    """Return the data of a batch, or raise if there are none."""
+    if not batch or not isinstance(batch[0], Tensor) or batch[0].ndim == 0:
+        got = _describe(batch[0]) if batch else "nothing"
+        raise TypeError(f"batch: expected data [n, *event], a tensor, as the first argument, got {got}")
+    return batch[0]
+
+
+def _check_latents(name: str, z: object, expected: str, ndims: tuple[int, ...]) -> None:
+    """Raise if ``z`` is not a tensor of floats with as many dims as expected, none of them empty."""
+    if not isinstance(z, Tensor) or z.ndim not in ndims or z.numel() == 0:
+        raise ValueError(f"{name}: expected {expected}, a tensor, got {_describe(z)}")
+    if not z.is_floating_point():
+        raise ValueError(f"{name}: expected floats, got {z.dtype}")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _describe(value: object) -> str:
+    """Return the shape of a tensor, or a short text of anything else."""
+    return f"shape {_shape(value)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.60}"

@@ -1,0 +1,64 @@
+"""The mean-field guide."""
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from ppl_vae._checks import check_positive_int
+from ppl_vae.program import Program
+
+
+class MeanFieldGuide(Program):
+    r"""The amortised guide :math:`q(z \mid x) = N(z; \mu(x), \mathrm{diag}\, \sigma^2(x))`.
+
+    A linear head on the encoder's features gives :math:`\mu` and :math:`\log \sigma`; the latter
+    is clamped to [-7, 7].
+
+    References:
+        Auto-Encoding Variational Bayes (Kingma & Welling, 2014), arXiv:1312.6114
+
+    Args:
+        encoder: network from ``[n, *event]`` to features ``[n, features]``.
+        latent_dim: the number of latent dimensions.
+        features: the encoder's number of features; by default ``encoder.out_features``.
+
+    Raises:
+        TypeError: if ``features`` is None and the encoder has no ``out_features``.
+        TypeError, ValueError: if a size is not a whole number above 0.
+
+    Example:
+        >>> from ppl_vae.networks import MLP
+        >>> guide = MeanFieldGuide(MLP((1, 8, 8)), 2)
+        >>> guide.posterior(torch.zeros(5, 1, 8, 8)).mean.shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, encoder: nn.Module, latent_dim: int, *, features: int | None = None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.latent_dim = check_positive_int("latent_dim", latent_dim)
+        self.features = features
+        width = getattr(encoder, "out_features", None) if features is None else features
+        if width is None:
+            raise TypeError(
+                f"features: expected the number of features that {type(encoder).__name__} gives, "
+                "since it has no `out_features`, got None"
+            )
+        self.head = nn.Linear(check_positive_int("features", width), 2 * latent_dim)
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        """Return q(z | x): batch shape ``[n]``, event shape ``[latent]``, for ``x`` of ``[n, *event]``."""
+        loc, log_scale = self.head(self.encoder(x)).chunk(2, -1)
+        return dist.Normal(loc, log_scale.clamp(-7.0, 7.0).exp()).to_event(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the program: site ``z`` in the plate ``data``.
+
+        Args:
+            x: data ``[n, *event]``.
+
+        Returns:
+            z, ``[*particles, n, latent]``.
+        """
+        with pyro.plate("data", x.shape[0], dim=-1):
+            return pyro.sample("z", self.posterior(x))

@@ -1,0 +1,210 @@
+"""The seam: a model, a guide and an ELBO estimator as one module whose forward is the loss."""
+
+import warnings
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from ppl_vae.infer.running import (
+    Program,
+    calls_of_modules,
+    check_pair,
+    check_support,
+    evaluating,
+    isolated,
+    observed_sites,
+    trace_pair,
+)
+
+
+class Objective(nn.Module):
+    """A model and a guide under an ELBO estimator: ``forward(*batch)`` is the differentiable loss.
+
+    torch optimisers, ``state_dict``, ``torch.func`` and DDP work on it as on any module. The first
+    call makes one dry run, without gradients and without touching the random stream, that checks
+    the pair and settles parameters that only a run creates (autoguides, lazy layers, the networks
+    that a plain function registers with ``pyro.module``).
+
+    Args:
+        model: program over the latent sites and the data; a module or a plain Pyro function.
+        guide: program over the latent sites.
+        estimator: any ``pyro.infer.ELBO``.
+
+    Attributes:
+        trainable: the parameters with a gradient, ``{"model": {name: parameter}, "guide": {...}}``,
+            known after ``setup``; one that both use is the model's.
+
+    Raises:
+        TypeError: if ``estimator`` is no ELBO, or a program is not callable.
+
+    Example:
+        >>> from pyro.infer import Trace_ELBO
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> loss = Objective(model, guide, Trace_ELBO())(model(None, size=3).detach())
+        >>> loss.backward()
+        >>> model.weight.grad.shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, model: Program, guide: Program, estimator: ELBO) -> None:
+        super().__init__()
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise TypeError(f"{name}: expected a module or a function, got {program!r}")
+        if not isinstance(estimator, ELBO):
+            raise TypeError(
+                f"loss: expected an instance of pyro.infer.ELBO such as Trace_ELBO(), got {estimator!r}"
+            )
+        self.model = model
+        self.guide = guide
+        self.estimator = estimator
+        self.trainable: dict[str, dict[str, nn.Parameter]] | None = None
+        self._store: dict = {"params": {}, "constraints": {}}
+        self._modules_of_functions: dict[str, list[nn.Module]] = {"model": [], "guide": []}
+
+    def setup(self, *batch: Tensor) -> None:
+        """Check the pair on a batch and find its parameters; a no-op after the first call.
+
+        Raises:
+            ValueError: if model and guide disagree on sites, plates or shapes, or a plain function
+                calls ``pyro.param`` outside a module.
+        """
+        if self.trainable is not None:
+            return
+        called: list[nn.Module] = []
+        ran: dict[str, list[nn.Module]] = {}
+
+        def noting(role: str, program: Program) -> Program:
+            def run(*args: Any) -> Any:  # noqa: ANN401
+                called.clear()
+                result = program(*args)
+                ran[role] = list(dict.fromkeys(called))
+                return result
+
+            return run
+
+        devices = {x.device.index for x in batch if x.device.type == "cuda"}
+        with (
+            torch.random.fork_rng(devices=devices),
+            evaluating(self.model, self.guide),
+            calls_of_modules(called.append),
+            pyro.validation_enabled(True),
+        ):
+            traces = trace_pair(noting("model", self.model), noting("guide", self.guide), *batch)
+            check_pair(*traces, batch)
+            for name, site in observed_sites(traces[0]).items():
+                if len(site["value"]) == len(batch[0]):
+                    check_support("data", name, site["fn"], site["value"])
+            for trace in traces:
+                trace.compute_log_prob()
+            store = pyro.get_param_store().get_state()
+        self.trainable = {}
+        seen: set[int] = set()
+        for role, program, trace in zip(("model", "guide"), (self.model, self.guide), traces, strict=True):
+            found = (
+                dict(program.named_parameters())
+                if isinstance(program, nn.Module)
+                else _registered_parameters(role, trace)
+            )
+            self.trainable[role] = {
+                name: p for name, p in found.items() if p.requires_grad and id(p) not in seen
+            }
+            seen |= {id(p) for p in found.values()}
+            if not isinstance(program, nn.Module):
+                self._modules_of_functions[role] = ran[role]
+        self._store = store
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        """Return the estimator's loss, a scalar: summed over the batch as in ``pyro.infer.SVI``."""
+        self.setup(*batch)
+        with isolated(self._store):
+            return self.estimator.differentiable_loss(self.model, self.guide, *batch)
+
+    def loss_and_grads(self, *batch: Tensor) -> Tensor:
+        """Add the loss's gradients to ``grad`` of the parameters; return the loss, detached.
+
+        Estimators of Pyro without a differentiable loss (``RenyiELBO``, ``TraceGraph_ELBO``,
+        ``ReweightedWakeSleep``) take their own way.
+        """
+        if hasattr(self.estimator, "differentiable_loss"):
+            loss = self(*batch)
+            loss.backward()
+            return loss.detach()
+        self.setup(*batch)
+        with isolated(self._store):
+            loss = self.estimator.loss_and_grads(
+                _registering("model", self.model), _registering("guide", self.guide), *batch
+            )
+        total = sum(loss) if isinstance(loss, tuple) else loss
+        return torch.as_tensor(total, device=batch[0].device).detach()
+
+    def evaluate_loss(self, *batch: Tensor) -> Tensor:
+        """Return the estimator's loss without gradients; modes stay as they are."""
+        self.setup(*batch)
+        with torch.no_grad(), isolated(self._store):
+            loss = self.estimator.loss(self.model, self.guide, *batch)
+        return torch.as_tensor(sum(loss) if isinstance(loss, tuple) else loss, device=batch[0].device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every parameter and buffer by name, those of plain functions' networks too.
+
+        Names start with ``model.`` or ``guide.``. Call after ``setup``.
+        """
+        found: dict[str, Tensor] = {}
+        for role, program in (("model", self.model), ("guide", self.guide)):
+            if isinstance(program, nn.Module):
+                held: dict[str, Tensor] = program.state_dict(keep_vars=True)
+            else:
+                held = dict((self.trainable or {})[role])
+                for i, module in enumerate(self._modules_of_functions[role]):
+                    held |= {f"buffers.{i}.{k}": b for k, b in module.named_buffers(recurse=False)}
+            found |= {f"{role}.{name}": tensor for name, tensor in held.items()}
+        return found
+
+    def warn_of_missing_gradients(self) -> None:
+        """Warn, by name, of trainable parameters that the last backward pass did not reach."""
+        missing = [
+            f"{role}.{name}"
+            for role, parameters in (self.trainable or {}).items()
+            for name, parameter in parameters.items()
+            if parameter.grad is None
+        ]
+        if missing:
+            warnings.warn(
+                f"no gradient reaches {', '.join(missing)}: they will not train", UserWarning, stacklevel=3
+            )
+
+
+def _registered_parameters(role: str, trace: poutine.Trace) -> dict[str, nn.Parameter]:
+    found = {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "param":
+            continue
+        parameter = site["value"].unconstrained()
+        if not isinstance(parameter, nn.Parameter):
+            raise ValueError(
+                f"{role}: expected parameters of a module registered with `pyro.module` (contiguous "
+                f"in memory), got the parameter {name!r}; make it an nn.Parameter of a module"
+            )
+        found[name] = parameter
+    return found
+
+
+def _registering(name: str, program: Program) -> Program:
+    """Return the program, made to register its parameters as Pyro's older estimators need it."""
+    if not isinstance(program, nn.Module) or isinstance(program, PyroModule):
+        return program
+
+    def run(*batch: Tensor) -> Any:  # noqa: ANN401
+        pyro.module(name, program)
+        return program(*batch)
+
+    return run

@@ -1,0 +1,202 @@
+"""How the library runs a model or a guide: any Pyro program that keeps the contract.
+
+A program is a callable of the batch: one of the library's, a module of the user's, or a plain
+function that registers its networks with ``pyro.module``.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+Program = Callable[..., Any]
+Site = dict[str, Any]
+
+
+@contextmanager
+def isolated(state: dict | None = None) -> Iterator[dict]:
+    """Run programs in a parameter store of their own; the global one is as it was at the end.
+
+    Args:
+        state: the store's content from an earlier run, updated in place; by default an empty store.
+    """
+    with pyro.get_param_store().scope(state) as scope:
+        yield scope
+
+
+@contextmanager
+def calls_of_modules(on_call: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call ``on_call(module)`` just before any module runs, also those that a plain function uses."""
+    handle = register_module_forward_pre_hook(lambda module, args: on_call(module))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def evaluating(*programs: Program) -> Iterator[None]:
+    """Run programs in evaluation mode: no gradient, no dropout, no change of any parameter or buffer.
+
+    Every module that runs, one of a plain function too, is in ``eval`` mode and put back at the end.
+    """
+    switched: list[nn.Module] = []
+
+    def to_eval(module: nn.Module) -> None:
+        if module.training:
+            switched.append(module)
+            module.training = False
+
+    for program in programs:
+        for owner in (program, getattr(program, "__self__", None)):
+            if isinstance(owner, nn.Module):
+                for module in owner.modules():
+                    to_eval(module)
+    try:
+        with torch.no_grad(), isolated(), calls_of_modules(to_eval):
+            yield
+    finally:
+        for module in switched:
+            module.training = True
+
+
+def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, Trace]:
+    """Run the guide, then the model on the guide's draws; return the model's and the guide's trace."""
+    guide_trace = poutine.trace(guide).get_trace(*batch)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    return model_trace, guide_trace
+
+
+def batch_arguments(program: Program, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return as many of a batch's tensors as the program takes: ``(x,)`` or ``(x, y)``.
+
+    Raises:
+        TypeError: if the program takes more than the batch has.
+    """
+    call = program.forward if isinstance(program, nn.Module) else program
+    parameters = [p for p in inspect.signature(call).parameters.values()]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return batch
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p.name for p in positional if p.default is p.empty]
+    if len(required) > len(batch):
+        raise TypeError(
+            f"data: expected tensors for the model's arguments {required}, got {len(batch)}: "
+            "labels are missing, say"
+        )
+    return batch[: len(positional)]
+
+
+def latent_sites(trace: Trace) -> dict[str, Site]:
+    """Return the sites that are drawn, by name; not those of subsampling."""
+    return {name: site for name, site in _sample_sites(trace) if not site["is_observed"]}
+
+
+def observed_sites(trace: Trace) -> dict[str, Site]:
+    """Return the observed sites, by name."""
+    return {name: site for name, site in _sample_sites(trace) if site["is_observed"]}
+
+
+def _sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not poutine.util.site_is_subsample(site):
+            yield name, site
+
+
+def check_pair(model_trace: Trace, guide_trace: Trace, batch: tuple[Any, ...]) -> None:
+    """Raise unless model and guide are programs over the same latent sites, plates and shapes.
+
+    Raises:
+        ValueError: naming the site, what the model has and what the guide has.
+    """
+    observed = observed_sites(model_trace)
+    if not observed:
+        raise ValueError("model: expected an observed site (`obs=x`), found none")
+    in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
+    enumerated = {name for name, site in in_model.items() if site["infer"].get("enumerate")}
+    auxiliary = {name for name, site in in_guide.items() if site["infer"].get("is_auxiliary")}
+    if missing := sorted(in_model.keys() - in_guide.keys() - enumerated):
+        raise ValueError(f"guide: lacks the model's latent sites {missing}; it has {sorted(in_guide)}")
+    if extra := sorted(in_guide.keys() - in_model.keys() - auxiliary):
+        raise ValueError(
+            f"guide: has sites {extra} that are no latent sites of the model, which has {sorted(in_model)}"
+        )
+    for name in in_guide.keys() & in_model.keys():
+        plates = [
+            sorted((f.name, f.size, f.dim) for f in site["cond_indep_stack"] if f.vectorized)
+            for site in (in_model[name], in_guide[name])
+        ]
+        if plates[0] != plates[1]:
+            raise ValueError(
+                f"site {name!r}: model and guide disagree on plates (name, size, dim): "
+                f"{plates[0]} in the model, {plates[1]} in the guide"
+            )
+        shapes = [
+            (tuple(site["fn"].batch_shape), tuple(site["fn"].event_shape))
+            for site in (in_model[name], in_guide[name])
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"site {name!r}: model and guide disagree on shapes (batch, event): "
+                f"{shapes[0]} in the model, {shapes[1]} in the guide"
+            )
+    n = len(batch[0])
+    for name, site in (in_model | in_guide | observed).items():
+        size = data_plate_size(name, site)
+        if size != n:
+            raise ValueError(f"site {name!r}: expected a data plate of the batch's size {n}, got {size}")
+
+
+def data_plate_size(name: str, site: Site) -> int:
+    """Return the size of the plate at dim -1 that ``site`` is in.
+
+    Raises:
+        ValueError: if the site is in no such plate, so that it has no value per datum.
+    """
+    for frame in site["cond_indep_stack"]:
+        if frame.vectorized and frame.dim == -1:
+            return frame.size
+    raise ValueError(
+        f'site {name!r}: expected per-datum randomness in `pyro.plate("data", n, dim=-1)`, '
+        f"got plates {[frame.name for frame in site['cond_indep_stack']]}"
+    )
+
+
+def check_support(
+    name: str, site: str, fn: Any, x: Tensor, *, probabilities: bool = False  # noqa: ANN401
+) -> None:
+    """Raise if a datum is outside the support of the distribution that observes it.
+
+    Args:
+        name: the argument that the data came in.
+        site: the observed site.
+        fn: its distribution.
+        x: data ``[n, *event]``.
+        probabilities: ``x`` are probabilities of bits that will be drawn.
+
+    Raises:
+        ValueError: naming the site, the values found and what to do.
+    """
+    support = torch.distributions.constraints.unit_interval if probabilities else fn.support
+    for start in range(0, len(x), 10_000):
+        chunk = x[start : start + 10_000]
+        inside = support.check(chunk).reshape(len(chunk), -1).all(1)
+        if inside.all():
+            continue
+        row = int((~inside).nonzero()[0])
+        low, high = float(chunk[row].min()), float(chunk[row].max())
+        boolean = "oolean" in repr(support) and low >= 0 and high <= 1
+        advice = (
+            "; binarise it (`binarization='dynamic'`) or use ContinuousBernoulli" if boolean else ""
+        )
+        raise ValueError(
+            f"{name}: datum {start + row} is outside the support of site {site!r}, {support}: "
+            f"its values reach from {low:.6g} to {high:.6g}{advice}"
+        )

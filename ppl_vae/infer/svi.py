@@ -1,0 +1,132 @@
+"""Stochastic variational inference: the engine that takes gradient steps."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ppl_vae._checks import check_positive
+from ppl_vae.infer.objective import Objective
+from ppl_vae.infer.running import Program
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+
+class SVI:
+    """Takes gradient steps on an ELBO estimator; the call of ``pyro.infer.SVI``.
+
+    Two models in one process never share a parameter, whatever their names: the programs run in a
+    parameter store of their own. A trainable parameter that the first gradient does not reach is
+    named in a warning.
+
+    References:
+        Stochastic Variational Inference (Hoffman et al., 2013), arXiv:1206.7051
+
+    Args:
+        model: program over the latent sites and the data; a module or a plain Pyro function.
+        guide: program over the latent sites.
+        optim: a torch optimiser over the parameters of both, a function of parameters (or parameter
+            groups) that makes one (``torch.optim.Adam``, or a ``functools.partial`` of it), or one of
+            ``pyro.optim``.
+        loss: any ``pyro.infer.ELBO``.
+        clip_norm: the largest norm of the gradient of all parameters together; None for no limit.
+        per_datum: divide the gradient by the batch size, so that step size and ``clip_norm`` mean
+            the same for every batch size. ``pyro.infer.SVI`` doesn't.
+
+    Raises:
+        TypeError: if ``optim`` or ``loss`` is none of these.
+
+    Example:
+        >>> from pyro.infer import Trace_ELBO
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> svi = SVI(model, guide, torch.optim.Adam, Trace_ELBO())
+        >>> svi.step(model(None, size=3).detach()).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        optim: Optimizer | OptimizerFactory | PyroOptim,
+        loss: ELBO,
+        *,
+        clip_norm: float | None = None,
+        per_datum: bool = False,
+    ) -> None:
+        if not callable(optim) and not isinstance(optim, Optimizer):
+            raise TypeError(
+                "optim: expected a torch optimiser, a function that makes one from parameters, "
+                f"or one of pyro.optim, got {optim!r}"
+            )
+        self.objective = Objective(model, guide, loss)
+        self.optim = optim
+        self.clip_norm = None if clip_norm is None else check_positive("clip_norm", clip_norm)
+        self.per_datum = per_datum
+        self._stepped = False
+
+    def setup(self, *batch: Tensor) -> None:
+        """Check the pair on a batch and build the optimiser; the first ``step`` does it if need be."""
+        if self.objective.trainable is None:
+            self.objective.setup(*batch)
+            parameters = self._parameters()
+            if not parameters:
+                raise ValueError("model, guide: expected a trainable parameter, found none")
+            if not isinstance(self.optim, (Optimizer, PyroOptim)):
+                self.optim = self.optim(parameters)
+            if isinstance(self.optim, Optimizer):
+                held = {id(p) for group in self.optim.param_groups for p in group["params"]}
+                if all(id(p) not in held for p in parameters):
+                    raise ValueError("optim: expected the parameters of model or guide, holds none of them")
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in (self.objective.trainable or {}).values() for p in group.values()]
+
+    def step(self, *batch: Tensor) -> Tensor:
+        """Take one gradient step.
+
+        Args:
+            *batch: what model and guide are called with, each ``[n, ...]``.
+
+        Returns:
+            The loss before the step, a detached scalar tensor, summed over the batch. Unlike Pyro's
+            it stays on the device, so that a step need not wait for it.
+        """
+        self.setup(*batch)
+        parameters = self._parameters()
+        for parameter in parameters:
+            parameter.grad = None
+        loss = self.objective.loss_and_grads(*batch)
+        if not self._stepped:
+            self.objective.warn_of_missing_gradients()
+            self._stepped = True
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.per_datum:
+            torch._foreach_div_(gradients, len(batch[0]))
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        if isinstance(self.optim, PyroOptim):
+            named = {
+                f"{role}.{name}": p
+                for role, group in (self.objective.trainable or {}).items()
+                for name, p in group.items()
+                if p.grad is not None
+            }
+            real = torch.distributions.constraints.real
+            with pyro.get_param_store().scope({"params": named, "constraints": dict.fromkeys(named, real)}):
+                self.optim(named.values())
+        else:
+            self.optim.step()
+        return loss
+
+    def evaluate_loss(self, *batch: Tensor) -> Tensor:
+        """Return the loss, a scalar tensor, without taking a step: one noisy estimate."""
+        return self.objective.evaluate_loss(*batch)

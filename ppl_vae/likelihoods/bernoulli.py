@@ -1,0 +1,46 @@
+"""The Bernoulli likelihood for binary data."""
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from ppl_vae.likelihoods._logits import event_dims, init_logit_bias
+
+
+class Bernoulli(nn.Module):
+    r"""The likelihood :math:`p(x \mid z) = \prod_j \mathrm{Bernoulli}(x_j; \sigma(f_j(z)))`.
+
+    It is a likelihood of binary data only: binarise grey pixels
+    (``load_dataset(..., binarization="dynamic")``) or use ``ContinuousBernoulli``.
+
+    References:
+        Auto-Encoding Variational Bayes (Kingma & Welling, 2014), arXiv:1312.6114
+
+    Args:
+        decoder: network from ``[*batch, latent]`` to the logits, ``[*batch, *event]``.
+
+    Example:
+        >>> from ppl_vae.networks import MLP
+        >>> Bernoulli(MLP(2, (1, 8, 8)))(torch.zeros(5, 2)).event_shape
+        torch.Size([1, 8, 8])
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, z: Tensor) -> dist.TorchDistribution:
+        """Return the Distribution over x for ``z`` of shape ``[*batch, latent]``."""
+        logits = self.decoder(z)
+        return dist.Bernoulli(logits=logits).to_event(event_dims(logits, z))
+
+    def init_bias(self, x: Tensor) -> None:
+        """Start the decoder's output bias at the logit of the data mean, clipped to [0.001, 0.999].
+
+        Args:
+            x: the training data, ``[n, *event]``, values in [0, 1].
+
+        Raises:
+            TypeError: if the decoder has no ``output_bias``.
+            ValueError: if the data have another size than the decoder's output.
+        """
+        init_logit_bias(self.decoder, x)

@@ -1,0 +1,50 @@
+"""The continuous Bernoulli likelihood for data in [0, 1]."""
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from ppl_vae.likelihoods._logits import event_dims, init_logit_bias
+
+
+class ContinuousBernoulli(nn.Module):
+    r"""The likelihood :math:`p(x \mid z) = \prod_j C(\lambda_j) \lambda_j^{x_j} (1 - \lambda_j)^{1 - x_j}`.
+
+    Here :math:`\lambda = \sigma(f(z))`, and :math:`C` is the constant that a Bernoulli on grey
+    pixels leaves out. The density is over [0, 1], so that its log may be above 0.
+
+    References:
+        The continuous Bernoulli: fixing a pervasive error in variational autoencoders
+        (Loaiza-Ganem & Cunningham, 2019), arXiv:1907.06845
+
+    Args:
+        decoder: network from ``[*batch, latent]`` to the logits, ``[*batch, *event]``.
+
+    Example:
+        >>> from ppl_vae.networks import MLP
+        >>> ContinuousBernoulli(MLP(2, (1, 8, 8)))(torch.zeros(5, 2)).mean.shape
+        torch.Size([5, 1, 8, 8])
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, z: Tensor) -> dist.TorchDistribution:
+        """Return the Distribution over x for ``z`` of shape ``[*batch, latent]``."""
+        logits = self.decoder(z)
+        return dist.ContinuousBernoulli(logits=logits).to_event(event_dims(logits, z))
+
+    def init_bias(self, x: Tensor) -> None:
+        """Start the decoder's output bias at the logit of the data mean.
+
+        The mean of a continuous Bernoulli is nearer to 1/2 than its :math:`\\lambda`, so this is a
+        start in the right direction, not the exact data mean.
+
+        Args:
+            x: the training data, ``[n, *event]``, values in [0, 1].
+
+        Raises:
+            TypeError: if the decoder has no ``output_bias``.
+            ValueError: if the data have another size than the decoder's output.
+        """
+        init_logit_bias(self.decoder, x)

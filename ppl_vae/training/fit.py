@@ -1,0 +1,514 @@
+"""Training of a model / guide pair by stochastic variational inference."""
+
+import functools
+import math
+import os
+import platform
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
+
+from ppl_vae._checks import check_positive, check_positive_int
+from ppl_vae._random import seeded
+from ppl_vae.data import Split, as_split, batches, check_data, num_batches
+from ppl_vae.description import describe
+from ppl_vae.infer.log_weights import terms
+from ppl_vae.infer.recording import SiteRecorder, term_sums
+from ppl_vae.infer.running import (
+    Program,
+    batch_arguments,
+    check_support,
+    evaluating,
+    observed_sites,
+    trace_pair,
+)
+from ppl_vae.infer.placing import place, prepare_data
+from ppl_vae.infer.svi import SVI, OptimizerFactory
+from ppl_vae.training import saving
+from ppl_vae.training.saving import Record, Run
+
+VALIDATION_BATCH = 1000  # data per pass, for memory
+CHECK_EVERY = 50  # steps between two looks at the loss, which wait for the device
+
+Adam: OptimizerFactory = functools.partial(torch.optim.Adam, fused=True)
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    data: Any,  # noqa: ANN401
+    *,
+    validation: Any = None,  # noqa: ANN401
+    elbo: ELBO | None = None,
+    optimizer: OptimizerFactory = Adam,
+    learning_rate: float | Mapping[str, float] = 1e-3,
+    scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
+    epochs: int = 100,
+    batch_size: int = 100,
+    clip_norm: float | None = None,
+    patience: int | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    callbacks: Sequence[Callable[[Run], object]] = (),
+    progress: bool = True,
+    tensorboard: bool = False,
+) -> Run:
+    """Train a model and a guide on data; log, check and save every epoch.
+
+    The pair is any two programs over the same latent sites: the library's, modules of yours, or
+    plain Pyro functions that register their networks with ``pyro.module``. They are called with as
+    many of a batch's tensors as the model takes: ``model(x)`` or ``model(x, y)``.
+
+    Each epoch's record holds ELBO, reconstruction and KL of each latent site, in nats per datum:
+    for the training data averaged over the epoch's steps, for the validation data with one draw per
+    datum, the same in each epoch. With validation data the pair ends with the parameters of the
+    epoch of the highest validation ELBO, else with the last ones. Noise and order depend on ``seed``
+    and the epoch alone, so that a resumed run ends as an uninterrupted one does; the caller's random
+    streams are left alone.
+
+    Args:
+        model: program over the latent sites and the data.
+        guide: program over the latent sites.
+        data: training data: a ``Split``, a tensor ``[n, *event]``, a tuple ``(x, y)``, a torch
+            ``Dataset`` (stacked in memory) or a ``DataLoader``.
+        validation: likewise; None for none.
+        elbo: any ``pyro.infer.ELBO``; by default ``Trace_ELBO()``.
+        optimizer: makes a torch optimiser from parameter groups: ``torch.optim.AdamW``, say, or a
+            ``functools.partial`` of it. The gradient is that of the loss per datum.
+        learning_rate: one for all, or ``{"model": ..., "guide": ...}``.
+        scheduler: makes a torch scheduler from the optimiser; stepped once per epoch
+            (``ReduceLROnPlateau`` with minus the ELBO).
+        epochs: passes over the data.
+        batch_size: data per step; a ``DataLoader`` has its own.
+        clip_norm: the largest norm of the gradient of all parameters together.
+        patience: stop after so many epochs without a higher validation ELBO.
+        device: where to train; by default where the model's parameters are.
+        seed: of noise and order.
+        output: folder to save the run in, after every epoch.
+        overwrite: replace a run that is there.
+        resume: continue the run that is there, if any.
+        callbacks: called with the run after each epoch; one that returns True ends the training.
+        progress: show a progress bar.
+        tensorboard: log to ``output/tensorboard`` too.
+
+    Returns:
+        The run. Ctrl-C ends it at the last finished epoch, with ``run.interrupted``.
+
+    Raises:
+        TypeError, ValueError: before any work, naming the argument, what came and what was expected.
+        FileExistsError: if ``output`` holds a run and neither ``overwrite`` nor ``resume`` is set.
+        FloatingPointError: if the loss is NaN or infinite, naming epoch, step and site; the pair is
+            left as after the last good epoch.
+
+    References:
+        Auto-Encoding Variational Bayes (Kingma & Welling, 2014), arXiv:1312.6114
+
+    Example:
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> run = fit(model, guide, torch.randn(200, 5), epochs=2, progress=False)
+        >>> [record["epoch"] for record in run.history]
+        [1, 2]
+    """
+    check_positive_int("epochs", epochs)
+    check_positive_int("batch_size", batch_size)
+    rates = _learning_rates(learning_rate)
+    if clip_norm is not None:
+        check_positive("clip_norm", clip_norm)
+    if patience is not None:
+        check_positive_int("patience", patience)
+        if validation is None:
+            raise ValueError("patience: expected validation data to stop by, got validation=None")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")
+    if not callable(optimizer) or isinstance(optimizer, (Optimizer, pyro.optim.PyroOptim)):
+        raise TypeError(
+            f"optimizer: expected a function that makes a torch optimiser, such as torch.optim.Adam, got {optimizer!r}"
+        )
+    if tensorboard and output is None:
+        raise ValueError("output: expected a folder for tensorboard=True, got None")
+    where = place(device, model, guide)
+    train = prepare_data(data, "data", where)
+    held_out = None if validation is None else prepare_data(validation, "validation", where)
+    elbo = Trace_ELBO() if elbo is None else elbo
+    config = {
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("ppl-vae", "torch", "pyro-ppl")},
+        "model": describe(model),
+        "guide": describe(guide),
+        "elbo": describe(type(elbo)) | {k: describe(v) for k, v in vars(elbo).items() if _plain(v)},
+        "optimizer": describe(optimizer),
+        "learning_rate": describe(learning_rate),
+        "scheduler": describe(scheduler),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "clip_norm": clip_norm,
+        "patience": patience,
+        "device": str(where),
+        "seed": seed,
+        "data": _describe_data(train),
+        "validation": None if held_out is None else _describe_data(held_out),
+    }
+    svi = SVI(
+        model,
+        guide,
+        lambda _: optimizer(
+            [
+                {"params": list(group.values()), "lr": rates[role]}
+                for role, group in (svi.objective.trainable or {}).items()
+                if group
+            ]
+        ),
+        elbo,
+        clip_norm=clip_norm,
+        per_datum=True,
+    )
+    with seeded(seed, 0, 2):
+        batch = batch_arguments(model, next(iter(batches(train, batch_size, device=where, shuffle=False))))
+        svi.setup(*batch)
+        for name, split in (("data", train), ("validation", held_out)):
+            if isinstance(split, Split):
+                _check_all(model, guide, split, name, batch)
+    config["data"]["batch"] = [[[1, *x.shape[1:]], str(x.dtype).removeprefix("torch.")] for x in batch]
+    made = svi.optim
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"optimizer: expected it to make a torch optimiser, it made {made!r}")
+    training = _Training(
+        svi=svi,
+        optimizer=made,
+        scheduler=None if scheduler is None else scheduler(made),
+        train=train,
+        validation=held_out,
+        batch_size=batch_size,
+        device=where,
+        seed=seed,
+        run=Run(model, guide, [], 0, config, None if output is None else Path(output)),
+    )
+    if output is not None:
+        training.open_folder(overwrite=overwrite, resume=resume)
+    return training.fit(epochs, patience, callbacks, progress=progress, tensorboard=tensorboard)
+
+
+@dataclass
+class _Training:
+    svi: SVI
+    optimizer: Optimizer
+    scheduler: Any
+    train: Any
+    validation: Split | Any | None
+    batch_size: int
+    device: torch.device
+    seed: int
+    run: Run
+    best: tuple[float, dict[str, Tensor]] = field(default_factory=lambda: (-math.inf, {}))
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        epochs: int,
+        patience: int | None,
+        callbacks: Sequence[Callable[[Run], object]],
+        *,
+        progress: bool,
+        tensorboard: bool,
+    ) -> Run:
+        run, first = self.run, len(self.run.history)
+        steps = num_batches(self.train, self.batch_size)
+        bar = tqdm(
+            total=None if steps is None else steps * epochs,
+            initial=(steps or 0) * first,
+            unit="step",
+            disable=not progress,
+            dynamic_ncols=True,
+        )
+        writer = _summary_writer(run.path, first) if tensorboard and run.path else None
+        snapshot = self._snapshot()
+        try:
+            for epoch in range(first + 1, epochs + 1):
+                if self._stopped_early(patience):
+                    break
+                bar.set_description(f"epoch {epoch}/{epochs}")
+                record = self._epoch(epoch, snapshot, bar)
+                run.history.append(record)
+                self._keep_best(epoch, record)
+                snapshot = self._snapshot()
+                self._save(epoch)
+                if writer is not None:
+                    for name, value in record.items():
+                        writer.add_scalar(name, value, epoch)
+                bar.set_postfix_str(_summary(record))
+                if any([callback(run) is True for callback in callbacks]):
+                    break
+        except KeyboardInterrupt:
+            self._restore(snapshot)
+            run.interrupted = True
+            done = len(run.history)
+            where = f"; saved in {run.path}, continue with resume=True" if run.path and done else ""
+            warnings.warn(f"interrupted: {done} of {epochs} epochs finished{where}", stacklevel=3)
+        except FloatingPointError:
+            self._restore(snapshot)
+            raise
+        finally:
+            bar.close()
+            if writer is not None:
+                writer.close()
+        if self.validation is not None and self.best[1]:
+            with torch.no_grad():
+                for name, tensor in self.svi.objective.tensors().items():
+                    tensor.copy_(self.best[1][name])
+        return run
+
+    def _epoch(self, epoch: int, snapshot: dict[str, Any], bar: tqdm) -> Record:
+        start = time.perf_counter()
+        record: Record = {"epoch": epoch}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        with seeded(self.seed, epoch, 0), pyro.validation_enabled(False):
+            totals = self._steps(epoch, snapshot, bar)
+        record |= {f"train_{name}": value for name, value in totals.items()}
+        if self.validation is not None:
+            record |= {f"validation_{name}": value for name, value in self._validate().items()}
+        if self.scheduler is not None:
+            metric = record.get("validation_elbo", record["train_elbo"])
+            plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+            self.scheduler.step(*([-metric] if plateau else []))
+        record |= {
+            "learning_rate" if len(rates) == 1 or rates[0] == rates[-1] else f"learning_rate_{i}": float(rate)
+            for i, rate in enumerate(rates)
+        }
+        return record | {"seconds": round(time.perf_counter() - start, 3)}
+
+    def _steps(self, epoch: int, snapshot: dict[str, Any], bar: tqdm) -> dict[str, float]:
+        """Take one epoch's steps; return the epoch's means in nats per datum."""
+        totals: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
+        count = 0
+        for step, batch in enumerate(self._batches(), 1):
+            with SiteRecorder() as recorder:
+                loss = self.svi.step(*batch)
+            sums = recorder.sums()
+            if sums is None:
+                with evaluating(self.run.model, self.run.guide):
+                    sums = term_sums(terms(self.run.model, self.run.guide, *batch))
+            count += len(batch[0])
+            for name, value in ({"loss": loss} | sums).items():
+                totals[name] = totals[name] + value if name in totals else value
+            losses.append(loss)
+            bar.update()
+            if step % CHECK_EVERY == 0:
+                self._check_losses(losses, epoch, step, snapshot)
+                losses.clear()
+                bar.set_postfix_str(_summary({k: float(v) / count for k, v in totals.items()}))
+        self._check_losses(losses, epoch, step, snapshot)
+        return {name: float(value) / count for name, value in totals.items()}
+
+    def _batches(self) -> Iterable[tuple[Tensor, ...]]:
+        for batch in batches(self.train, self.batch_size, device=self.device, shuffle=True):
+            yield batch_arguments(self.run.model, batch)
+
+    def _validate(self) -> dict[str, float]:
+        totals: dict[str, Tensor] = {}
+        count = 0
+        model, guide = self.run.model, self.run.guide
+        with seeded(self.seed, 0, 1), evaluating(model, guide), pyro.validation_enabled(False):
+            for batch in batches(self.validation, VALIDATION_BATCH, device=self.device, shuffle=False):
+                count += len(batch[0])
+                for name, value in term_sums(terms(model, guide, *batch_arguments(model, batch))).items():
+                    totals[name] = totals[name] + value if name in totals else value
+        return {name: float(value) / count for name, value in totals.items()}
+
+    def _keep_best(self, epoch: int, record: Record) -> None:
+        if self.validation is None:
+            self.run.best_epoch = epoch
+        elif record["validation_elbo"] > self.best[0]:
+            self.run.best_epoch = epoch
+            self.best = (
+                record["validation_elbo"],
+                {k: v.detach().clone() for k, v in self.svi.objective.tensors().items()},
+            )
+
+    def _stopped_early(self, patience: int | None) -> bool:
+        return patience is not None and len(self.run.history) - self.run.best_epoch >= patience > 0
+
+    # -- a loss that is no number --------------------------------------------------------------
+
+    def _check_losses(self, losses: list[Tensor], epoch: int, step: int, snapshot: dict[str, Any]) -> None:
+        if not losses:
+            return
+        bad = (~torch.stack(losses).isfinite()).nonzero()
+        if len(bad):
+            first = step - len(losses) + int(bad[0]) + 1
+            site = self._find_bad_site(epoch, first, snapshot)
+            raise FloatingPointError(
+                f"the loss became {float(losses[int(bad[0])])} in epoch {epoch}, step {first}, {site}; "
+                f"the parameters are those of epoch {epoch - 1}. Try a lower learning_rate or a clip_norm"
+            )
+
+    def _find_bad_site(self, epoch: int, bad_step: int, snapshot: dict[str, Any]) -> str:
+        """Repeat the epoch up to the bad step and name the first site that is no number there."""
+        self._restore(snapshot)
+        with seeded(self.seed, epoch, 0), pyro.validation_enabled(False):
+            for step, batch in enumerate(self._batches(), 1):
+                if step < bad_step:
+                    self.svi.step(*batch)
+                    continue
+                with evaluating(self.run.model, self.run.guide):
+                    traces = trace_pair(self.run.model, self.run.guide, *batch)
+                for trace, role in zip(reversed(traces), ("guide", "model"), strict=True):
+                    for name, site in trace.nodes.items():
+                        if site["type"] == "sample" and (
+                            not site["value"].isfinite().all()
+                            or not site["fn"].log_prob(site["value"]).isfinite().all()
+                        ):
+                            return f"at site {name!r} of the {role}"
+                break
+        return "at no one site"
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _snapshot(self) -> dict[str, Any]:
+        """Return a copy of all that training changes, as tensors and JSON data."""
+        tensors = dict(self.svi.objective.tensors())
+        state = {
+            "optimizer": saving.flatten(self.optimizer.state_dict(), tensors, "optimizer"),
+            "scheduler": None
+            if self.scheduler is None
+            else saving.flatten(self.scheduler.state_dict(), tensors, "scheduler"),
+        }
+        return {"tensors": {k: v.detach().clone() for k, v in tensors.items()}, "state": state}
+
+    def _restore(self, snapshot: dict[str, Any]) -> None:
+        tensors, state = snapshot["tensors"], snapshot["state"]
+        with torch.no_grad():
+            for name, tensor in self.svi.objective.tensors().items():
+                tensor.copy_(tensors[name])
+        for name, holder in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
+            if holder is not None:
+                held = {k: v.clone() for k, v in tensors.items() if k.startswith(f"{name}.")}
+                holder.load_state_dict(saving.unflatten(state[name], held, holder.state_dict()))
+
+    def _save(self, epoch: int) -> None:
+        """Write model, history and, last, the checkpoint, which alone says that the epoch is done."""
+        run = self.run
+        if run.path is None:
+            return
+        if run.best_epoch == epoch:
+            saving.write_tensors(run.path / saving.MODEL, self.svi.objective.tensors(), {"epoch": epoch})
+        saving.write_history(run.path, run.history)
+        snapshot = self._snapshot()
+        state = snapshot["state"] | {"epoch": epoch, "best_epoch": run.best_epoch, "best_elbo": self.best[0]}
+        saving.write_tensors(run.path / saving.CHECKPOINT, snapshot["tensors"], state)
+
+    def open_folder(self, *, overwrite: bool, resume: bool) -> None:
+        """Create the run's folder, or take up the run that is in it."""
+        folder = self.run.path
+        if folder is None:
+            return
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"output: expected a folder, {folder} is a file")
+        if folder.is_dir() and any(folder.iterdir()):
+            if not (folder / saving.CONFIG).is_file():
+                raise FileExistsError(f"output: {folder} holds other files than a run; choose another folder")
+            if resume:
+                self._resume(folder)
+                return
+            if not overwrite:
+                raise FileExistsError(f"output: {folder} holds a run; set overwrite or resume, or choose another")
+            for name in (saving.CHECKPOINT, saving.MODEL, saving.HISTORY):
+                (folder / name).unlink(missing_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            saving.write_config(folder, self.run.config)
+        except OSError as error:
+            raise OSError(f"output: can't write to {folder}: {error.strerror}") from None
+
+    def _resume(self, folder: Path) -> None:
+        saved, path = saving.read_config(folder), folder / saving.CHECKPOINT
+        for key, value in self.run.config.items():
+            if key not in ("epochs", "versions", "device") and saved.get(key) != value:
+                raise ValueError(
+                    f"resume: {key} differs from the run in {folder}: {saved.get(key)!r} there, {value!r} here"
+                )
+        saving.write_config(folder, self.run.config)
+        if not path.exists():
+            return
+        tensors, state = saving.read_tensors(path)
+        own = self.svi.objective.tensors()
+        saving.check_tensors(own, {k: v for k, v in tensors.items() if k in own}, path)
+        try:
+            self._restore({"tensors": {k: v.to(self.device) if k in own else v for k, v in tensors.items()}, "state": state})
+            epoch, best_epoch, best_elbo = (state[k] for k in ("epoch", "best_epoch", "best_elbo"))
+            history = saving.read_history(folder)[:epoch]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged checkpoint: {error!r}") from None
+        if len(history) != epoch:
+            raise ValueError(f"{folder / saving.HISTORY}: expected {epoch} epochs, found {len(history)}")
+        self.run.history, self.run.best_epoch = history, best_epoch
+        if self.validation is not None:
+            best, _ = saving.read_tensors(folder / saving.MODEL)
+            saving.check_tensors(own, best, folder / saving.MODEL)
+            self.best = (best_elbo, {k: v.to(self.device) for k, v in best.items()})
+
+
+def _learning_rates(learning_rate: float | Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(learning_rate, Mapping):
+        return dict.fromkeys(("model", "guide"), check_positive("learning_rate", learning_rate))
+    if learning_rate.keys() != {"model", "guide"}:
+        raise ValueError(
+            f"learning_rate: expected a number or {{'model': ..., 'guide': ...}}, got {dict(learning_rate)!r}"
+        )
+    return {role: check_positive(f"learning_rate[{role!r}]", rate) for role, rate in learning_rate.items()}
+
+
+def _describe_data(data: Any) -> dict[str, Any]:  # noqa: ANN401
+    if not isinstance(data, Split):
+        return {"loader": f"{type(data).__module__}.{type(data).__qualname__}"}
+    content = zlib.crc32(data.x.detach().cpu().contiguous().numpy().tobytes())
+    return {"source": describe(getattr(data, "source", None)), "size": len(data), "checksum": f"{content:08x}"}
+
+
+def _check_all(model: Program, guide: Program, split: Split, name: str, batch: tuple[Tensor, ...]) -> None:
+    """Raise if any datum is outside the support of the site that observes it."""
+    with evaluating(model, guide):
+        first = batch_arguments(model, split.batch(torch.arange(1, device=split.x.device)))
+        for site_name, site in observed_sites(trace_pair(model, guide, *first)[0]).items():
+            if site["value"] is first[0]:
+                check_support(name, site_name, site["fn"], split.x, probabilities=split.dynamic)
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _summary(record: Mapping[str, float]) -> str:
+    side = "validation_" if "validation_elbo" in record else "train_" if "train_elbo" in record else ""
+    shown = {k.removeprefix(side): v for k, v in record.items() if k.startswith(side)}
+    names = ["elbo", "reconstruction", *(k for k in shown if k.startswith("kl_"))]
+    return f"{side}" + ", ".join(f"{name} {shown[name]:.2f}" for name in names)
+
+
+def _summary_writer(path: Path, purge: int) -> Any:  # noqa: ANN401
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError("tensorboard: install it with `pip install 'ppl-vae[tensorboard]'`") from None
+    return SummaryWriter(str(path / "tensorboard"), purge_step=purge + 1)
