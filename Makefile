@@ -36,7 +36,7 @@ build-check: .venv/.dev ## Build the wheel and import it in a clean environment
 
 clean: ## Remove caches and build outputs (.venv and runs stay)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find ppl_vae tests benchmarks notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard ppl_vae tests benchmarks notebooks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps .run and .dev say that the pinned install is done; they age with the two files on the right.
 .venv/.run: pyproject.toml constraints.txt | $(BIN)/python

@@ -12,6 +12,8 @@ from torch.distributions import Distribution
 
 ROOT = Path(__file__).resolve().parent
 
+os.environ.setdefault("MPLBACKEND", "Agg")  # figures need no screen
+
 # The root links to folders of ppl_vae, which refuse to be imported through them.
 collect_ignore = ["models", "guides"]
 
@@ -33,7 +35,7 @@ hypothesis.settings.load_profile("ppl_vae")
 @pytest.fixture(autouse=True)
 def clean_start() -> Iterator[None]:
     """Start at seed 0, parameter store empty, validation on; fail a test that changes a default of torch."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         pyro.set_rng_seed(0)
         pyro.clear_param_store()
         pyro.enable_validation(True)

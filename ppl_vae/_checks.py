@@ -19,14 +19,23 @@ def check_positive(name: str, value: object) -> float:
     """Return ``value`` as a ``float``, or raise if it is not a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number above 0, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    if not (math.isfinite(value) and float(value) > 0):
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
     return float(value)
 
 
+def check_seed(seed: object) -> int:
+    """Return ``seed`` as an ``int``, or raise if it is not a whole number from 0."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed: expected a whole number from 0, got {seed!r}")
+    if seed < 0:
+        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")
+    return int(seed)
+
+
 def check_sizes(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
     """Return ``value``, a size or a sequence of sizes, as a tuple of whole numbers above zero."""
-    if isinstance(value, Integral) or isinstance(value, (str, bytes)):
+    if isinstance(value, (int, Integral, str, bytes)):
         return (check_positive_int(name, value),)
     try:
         sizes = tuple(value)

@@ -286,7 +286,9 @@ def _binarize(splits: dict[str, Split], binarization: str) -> dict[str, Split]:
     generator = np.random.RandomState(BINARIZATION_SEED)  # a stream that NumPy promises to keep
 
     def draw(split: Split) -> Split:
-        return Split(torch.from_numpy(generator.binomial(1, split.x.numpy()).astype(np.float32)), split.y)
+        rows = np.array_split(split.x.numpy(), 50)  # in parts, since NumPy's bits are int64
+        bits = np.concatenate([generator.binomial(1, part).astype(np.float32) for part in rows])
+        return Split(torch.from_numpy(bits), split.y)
 
     bits = {key: draw(splits[key]) for key in ("validation", "test")}
     train = splits["train"]

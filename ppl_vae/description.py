@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -23,14 +24,18 @@ def library_classes() -> dict[str, type]:
     return {name: getattr(module, name) for module in modules for name in module.__all__}
 
 
-def describe(value: Any) -> Any:  # noqa: ANN401
+def describe(value: Any) -> Any:
     """Return ``value`` as plain data: numbers, strings, lists and dictionaries.
 
     A module becomes ``{"class": name, argument: ...}``, a function ``{"function": path}`` and a
-    ``functools.partial`` the same with its keywords.
+    ``functools.partial`` the same with its keywords. Of a tensor or an array the class alone is kept.
     """
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (bool, str)):
         return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
     if isinstance(value, Mapping):
@@ -41,22 +46,26 @@ def describe(value: Any) -> Any:  # noqa: ANN401
         return {"class": _path(value)}
     if callable(value) and not isinstance(value, nn.Module):
         return {"function": _path(value)}
+    try:
+        parameters = dict(inspect.signature(type(value)).parameters)
+    except (TypeError, ValueError):  # a type of an extension, a tensor's say
+        parameters = {}
     arguments = {
         name: describe(getattr(value, name))
-        for name, parameter in inspect.signature(type(value)).parameters.items()
+        for name, parameter in parameters.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and hasattr(value, name)
     }
     return {"class": _path(type(value))} | arguments
 
 
-def _path(value: Any) -> str:  # noqa: ANN401
+def _path(value: Any) -> str:
     name = getattr(value, "__qualname__", type(value).__qualname__)
     if library_classes().get(name) is value:
         return name
     return f"{getattr(value, '__module__', type(value).__module__)}.{name}"
 
 
-def build(description: Any, name: str, classes: Iterable[type] = ()) -> Any:  # noqa: ANN401
+def build(description: Any, name: str, classes: Iterable[type] = ()) -> Any:
     """Build what ``describe`` described, from the library's classes and ``classes`` alone.
 
     Nothing is imported: a class that is neither the library's nor among ``classes`` is an error.
@@ -73,7 +82,7 @@ def build(description: Any, name: str, classes: Iterable[type] = ()) -> Any:  # 
     return _build(description, name, known)
 
 
-def _build(description: Any, name: str, known: Mapping[str, type]) -> Any:  # noqa: ANN401
+def _build(description: Any, name: str, known: Mapping[str, type]) -> Any:
     if isinstance(description, list):
         return tuple(_build(item, f"{name}[{i}]", known) for i, item in enumerate(description))
     if not isinstance(description, dict):

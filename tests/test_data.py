@@ -49,6 +49,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def sha(x: Tensor) -> str:
+    """Sixteen hex digits that pin the bits `x`."""
     return hashlib.sha256(x.to(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
@@ -154,7 +155,7 @@ def test_batches_takes_a_loader_as_it_comes() -> None:
 
 @pytest.mark.parametrize("item", [{"x": torch.rand(2)}, (torch.rand(2), "label"), 3.0])
 def test_batches_rejects_what_is_no_tensor(item: object) -> None:
-    with pytest.raises(TypeError, match="expected a tensor or a tuple of tensors, got .*(dict|str|float)"):
+    with pytest.raises(TypeError, match=r"expected a tensor or a tuple of tensors, got .*(dict|str|float)"):
         next(batches(Stream([item]), 1, device="cpu", shuffle=False))
 
 
@@ -341,7 +342,7 @@ def test_binarization_draws_validation_then_test_then_train() -> None:
 def test_test_bits_of_digits_never_change(binarization: str) -> None:
     torch.manual_seed(5)
     data = load_dataset("digits", binarization=binarization)
-    assert (sha(data.validation.x), sha(data.test.x)) == ("DIGITSV", "DIGITST")
+    assert (sha(data.validation.x), sha(data.test.x)) == ("5a778659a7e16533", "666137162d4301e6")
 
 
 def test_loading_leaves_the_global_generators_alone() -> None:
@@ -369,7 +370,7 @@ def test_binarization_names_the_range_of_other_values(tmp_path: Path, binarizati
 
 
 def test_unknown_binarization() -> None:
-    with pytest.raises(ValueError, match="binarization: unknown 'dynamik'.*did you mean 'dynamic'"):
+    with pytest.raises(ValueError, match=r"binarization: unknown 'dynamik'.*did you mean 'dynamic'"):
         load_dataset("digits", binarization="dynamik")
 
 
@@ -400,7 +401,7 @@ def test_unknown_names(name: Any, error: type[Exception], match: str) -> None:
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("1,2\n")
-    with pytest.raises(ValueError, match="name: expected an .npz file or a folder of images.*x.csv"):
+    with pytest.raises(ValueError, match=r"name: expected an .npz file or a folder of images.*x.csv"):
         load_dataset(tmp_path / "x.csv")
 
 
@@ -560,7 +561,10 @@ REAL_DATA = os.environ.get("PPL_VAE_DATA")  # read before the fixture hides it
 
 @pytest.mark.parametrize(
     ("name", "folder", "mean", "bits"),
-    [("mnist", "MNIST", 0.1307, "MNISTBITS"), ("fashion-mnist", "FashionMNIST", 0.2860, "FASHIONBITS")],
+    [
+        ("mnist", "MNIST", 0.1307, "a700b0d972959b58"),
+        ("fashion-mnist", "FashionMNIST", 0.2860, "33bc86729d1a5fab"),
+    ],
 )
 def test_real_mnist(name: str, folder: str, mean: float, bits: str) -> None:
     data = load_dataset(name, root=real_root(folder), binarization="dynamic")
@@ -693,15 +697,15 @@ def test_npz_errors(tmp_path: Path, arrays: dict[str, np.ndarray], match: str) -
 def test_npz_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_bytes(b"text")
-    with pytest.raises(ValueError, match="expected an .npz of plain arrays, got .*not a zip"):
+    with pytest.raises(ValueError, match=r"expected an .npz of plain arrays, got .*not a zip"):
         load_dataset(path)
     with path.open("wb") as file:
         np.save(file, X)
-    with pytest.raises(ValueError, match="expected an .npz of plain arrays, got .*not a zip"):
+    with pytest.raises(ValueError, match=r"expected an .npz of plain arrays, got .*not a zip"):
         load_dataset(path)
     whole = save(tmp_path, x=X).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="expected an .npz of plain arrays"):
+    with pytest.raises(ValueError, match=r"expected an .npz of plain arrays"):
         load_dataset(path)
 
 
@@ -764,7 +768,7 @@ def test_image_axes_are_channels_height_width(tmp_path: Path) -> None:
 
 def test_folder_errors(tmp_path: Path) -> None:
     def message(folder: Path) -> str:
-        with pytest.raises(ValueError, match=".") as raised:
+        with pytest.raises(ValueError, match=str(folder)) as raised:
             load_dataset(folder)
         return one_line(raised)
 

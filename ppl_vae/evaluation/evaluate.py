@@ -90,7 +90,9 @@ class Evaluation:
         rows = [("ELBO", self.elbo), ("reconstruction", self.reconstruction)]
         rows += [(f"KL of {site}", estimate) for site, estimate in self.kl.items()]
         rows += [(f"log p(x), K={self.num_particles}", self.log_likelihood)]
-        lines = [f"{name:<20} {estimate.mean:>10.2f} +- {estimate.standard_error:.2f}" for name, estimate in rows]
+        lines = [
+            f"{name:<20} {estimate.mean:>10.2f} +- {estimate.standard_error:.2f}" for name, estimate in rows
+        ]
         head = f"nats per datum, mean and standard error over {self.num_data} data"
         return "\n".join([head, *lines])
 
@@ -98,7 +100,7 @@ class Evaluation:
 def evaluate(
     model: Program,
     guide: Program,
-    data: Any,  # noqa: ANN401
+    data: Any,
     *,
     num_particles: int = 1000,
     memory: int = 512 * 2**20,
@@ -114,7 +116,8 @@ def evaluate(
     Args:
         model: program over the latent sites and the data.
         guide: program over the latent sites, the importance sampler's proposal.
-        data: a ``Split``, a tensor ``[n, *event]``, a tuple ``(x, y)``, a torch ``Dataset`` or ``DataLoader``.
+        data: a ``Split``, a tensor ``[n, *event]``, a tuple ``(x, y)``, a torch ``Dataset`` or
+            ``DataLoader``.
         num_particles: K, the number of draws per datum.
         memory: bytes that a pass may take beyond the data and the parameters.
         device: where to work; by default where the model's parameters are.
@@ -166,7 +169,11 @@ def evaluate(
         variance = values[f"{name}_variance"].sum()
         return Estimate(values[name], num_particles, float(variance.sqrt() / n))
 
-    sites = [name.removeprefix("kl_") for name in values if name.startswith("kl_") and not name.endswith("_variance")]
+    sites = [
+        name.removeprefix("kl_")
+        for name in values
+        if name.startswith("kl_") and not name.endswith("_variance")
+    ]
     return Evaluation(
         estimate("elbo"),
         estimate("reconstruction"),
@@ -228,7 +235,7 @@ class _CountBytes(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and not tensor._is_view():

@@ -11,7 +11,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
-from ppl_vae.infer.running import Program, Site, evaluating, latent_sites, observed_sites, trace_pair
+from ppl_vae.infer.running import Program, Site, evaluating, latent_sites, observed_sites
 
 _DRAWS = "give it a keyword `size=None` and draw size data where the batch is None"
 
@@ -98,13 +98,9 @@ def sample(model: Program, size: int) -> Samples:
         ValueError: if the model has no site "x" or draws another number of data.
 
     Example:
-        >>> import pyro.distributions as dist
-        >>> def model(x, size=None):
-        ...     with pyro.plate("data", size if x is None else len(x), dim=-1):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        ...         return pyro.sample("x", dist.Normal(2 * z, 1.0).to_event(1), obs=x)
-        >>> sample(model, 5).mean.shape
-        torch.Size([5, 2])
+        >>> from ppl_vae.models import LinearGaussian
+        >>> sample(LinearGaussian(2, 4), 5).mean.shape
+        torch.Size([5, 4])
     """
     size = check_positive_int("size", size)
     with evaluating(model):
@@ -129,21 +125,19 @@ def reconstruct(model: Program, guide: Program, *batch: Any) -> Reconstructions:
         ValueError: if the model has no site "x".
 
     Example:
-        >>> import pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x), dim=-1):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        ...         return pyro.sample("x", dist.Normal(2 * z, 1.0).to_event(1), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x), dim=-1):
-        ...         return pyro.sample("z", dist.Normal(0.4 * x, 0.4).to_event(1))
-        >>> reconstruct(model, guide, torch.randn(5, 2)).mean.shape
-        torch.Size([5, 2])
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> guide = MeanFieldGuide(MLP(4), latent_dim=2)
+        >>> reconstruct(LinearGaussian(2, 4), guide, torch.randn(5, 4)).mean.shape
+        torch.Size([5, 4])
     """
     x = _check_batch(batch)
-    with evaluating(model, guide):
-        trace, _ = trace_pair(model, guide, *batch)
-        mean = _mean(trace)
+    # A store each: parameters of one name in both would become one.
+    with evaluating(guide):
+        guide_trace = poutine.trace(guide).get_trace(*batch)
+    with evaluating(model):
+        mean = _mean(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch))
     return Reconstructions(x.detach().cpu(), mean.cpu())
 
 
@@ -163,13 +157,11 @@ def encode(guide: Program, *batch: Any, y: Tensor | None = None) -> Latents:
         ValueError: if the guide has no site "z", or y hasn't one label for each datum.
 
     Example:
-        >>> import pyro.distributions as dist
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x), dim=-1):
-        ...         return pyro.sample("z", dist.Normal(0.5 * x, 1.0).to_event(1))
-        >>> encode(guide, torch.ones(2, 3)).z
-        tensor([[0.5000, 0.5000, 0.5000],
-                [0.5000, 0.5000, 0.5000]])
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.networks import MLP
+        >>> guide = MeanFieldGuide(MLP(4), latent_dim=2)
+        >>> encode(guide, torch.randn(5, 4), y=torch.arange(5)).z.shape
+        torch.Size([5, 2])
     """
     x = _check_batch(batch)
     labels = None if y is None else torch.as_tensor(y).detach().cpu()
@@ -207,14 +199,9 @@ def traverse(
         ValueError: if a shape is wrong or a dimension doesn't exist.
 
     Example:
-        >>> import pyro.distributions as dist
-        >>> def model(x, size=None):
-        ...     with pyro.plate("data", size if x is None else len(x), dim=-1):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        ...         return pyro.sample("x", dist.Normal(2 * z, 1.0).to_event(1), obs=x)
-        >>> traverse(model, torch.zeros(2), dims=[1], values=[-1.0, 1.0]).x
-        tensor([[[ 0., -2.],
-                 [ 0.,  2.]]])
+        >>> from ppl_vae.models import LinearGaussian
+        >>> traverse(LinearGaussian(2, 4), torch.zeros(2), values=[-1.0, 0.0, 1.0]).x.shape
+        torch.Size([2, 3, 4])
     """
     _check_latents("z", z, "one latent [latent]", ndims=(1,))
     moved = list(range(len(z)) if dims is None else dims)
@@ -246,15 +233,10 @@ def interpolate(model: Program, z_start: Tensor, z_end: Tensor, *, steps: int = 
         ValueError: if the shapes are wrong or differ, or steps is below 2.
 
     Example:
-        >>> import pyro.distributions as dist
-        >>> def model(x, size=None):
-        ...     with pyro.plate("data", size if x is None else len(x), dim=-1):
-        ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        ...         return pyro.sample("x", dist.Normal(2 * z, 1.0).to_event(1), obs=x)
-        >>> interpolate(model, torch.zeros(2), torch.ones(2), steps=3).x
-        tensor([[[0., 0.],
-                 [1., 1.],
-                 [2., 2.]]])
+        >>> from ppl_vae.models import LinearGaussian
+        >>> z_start, z_end = torch.randn(2, 3, 2)
+        >>> interpolate(LinearGaussian(2, 4), z_start, z_end, steps=5).x.shape
+        torch.Size([3, 5, 4])
     """
     if check_positive_int("steps", steps) < 2:
         raise ValueError(f"steps: expected at least 2, the start and the end, got {steps!r}")

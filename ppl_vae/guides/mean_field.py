@@ -27,6 +27,7 @@ class MeanFieldGuide(Program):
         TypeError, ValueError: if a size is not a whole number above 0.
 
     Example:
+        >>> import torch
         >>> from ppl_vae.networks import MLP
         >>> guide = MeanFieldGuide(MLP((1, 8, 8)), 2)
         >>> guide.posterior(torch.zeros(5, 1, 8, 8)).mean.shape

@@ -72,9 +72,7 @@ def terms(model: Program, guide: Program, *batch: Tensor, num_particles: int = 1
     size = check_positive_int("num_particles", num_particles)
     plate = pyro.plate("num_particles", size, dim=PARTICLE_DIM)
     model_trace, guide_trace = trace_pair(plate(model), plate(guide), *batch)
-    return terms_of_sites(
-        latent_sites(model_trace) | observed_sites(model_trace), latent_sites(guide_trace)
-    )
+    return terms_of_sites(latent_sites(model_trace) | observed_sites(model_trace), latent_sites(guide_trace))
 
 
 def terms_of_sites(model_sites: Mapping[str, Site], guide_sites: Mapping[str, Site]) -> Terms:

@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.nn import PyroModule
+from pyro.params.param_store import StateDict
 from torch import Tensor, nn
 
 from ppl_vae.infer.running import (
@@ -16,7 +17,7 @@ from ppl_vae.infer.running import (
     check_pair,
     check_support,
     evaluating,
-    isolated,
+    in_own_store,
     observed_sites,
     trace_pair,
 )
@@ -66,8 +67,11 @@ class Objective(nn.Module):
         self.model = model
         self.guide = guide
         self.estimator = estimator
+        self._estimator: Any = estimator  # Pyro's base class declares none of the methods
         self.trainable: dict[str, dict[str, nn.Parameter]] | None = None
-        self._store: dict = {"params": {}, "constraints": {}}
+        self._stores: dict[str, StateDict] = {
+            role: {"params": {}, "constraints": {}} for role in ("model", "guide")
+        }
         self._modules_of_functions: dict[str, list[nn.Module]] = {"model": [], "guide": []}
 
     def setup(self, *batch: Tensor) -> None:
@@ -83,7 +87,7 @@ class Objective(nn.Module):
         ran: dict[str, list[nn.Module]] = {}
 
         def noting(role: str, program: Program) -> Program:
-            def run(*args: Any) -> Any:  # noqa: ANN401
+            def run(*args: Any) -> Any:
                 called.clear()
                 result = program(*args)
                 ran[role] = list(dict.fromkeys(called))
@@ -105,14 +109,13 @@ class Objective(nn.Module):
                     check_support("data", name, site["fn"], site["value"])
             for trace in traces:
                 trace.compute_log_prob()
-            store = pyro.get_param_store().get_state()
         self.trainable = {}
         seen: set[int] = set()
         for role, program, trace in zip(("model", "guide"), (self.model, self.guide), traces, strict=True):
             found = (
                 dict(program.named_parameters())
                 if isinstance(program, nn.Module)
-                else _registered_parameters(role, trace)
+                else _registered_parameters(trace)
             )
             self.trainable[role] = {
                 name: p for name, p in found.items() if p.requires_grad and id(p) not in seen
@@ -120,13 +123,18 @@ class Objective(nn.Module):
             seen |= {id(p) for p in found.values()}
             if not isinstance(program, nn.Module):
                 self._modules_of_functions[role] = ran[role]
-        self._store = store
 
     def forward(self, *batch: Tensor) -> Tensor:
         """Return the estimator's loss, a scalar: summed over the batch as in ``pyro.infer.SVI``."""
         self.setup(*batch)
-        with isolated(self._store):
-            return self.estimator.differentiable_loss(self.model, self.guide, *batch)
+        return self._estimator.differentiable_loss(*self._programs(), *batch)
+
+    def _programs(self) -> tuple[Program, Program]:
+        """Return model and guide, each running in its own parameter store."""
+        return (
+            in_own_store(self.model, self._stores["model"]),
+            in_own_store(self.guide, self._stores["guide"]),
+        )
 
     def loss_and_grads(self, *batch: Tensor) -> Tensor:
         """Add the loss's gradients to ``grad`` of the parameters; return the loss, detached.
@@ -139,18 +147,19 @@ class Objective(nn.Module):
             loss.backward()
             return loss.detach()
         self.setup(*batch)
-        with isolated(self._store):
-            loss = self.estimator.loss_and_grads(
-                _registering("model", self.model), _registering("guide", self.guide), *batch
-            )
+        programs = zip(("model", "guide"), (self.model, self.guide), strict=True)
+        model, guide = (
+            in_own_store(_registering(role, program), self._stores[role]) for role, program in programs
+        )
+        loss = self._estimator.loss_and_grads(model, guide, *batch)
         total = sum(loss) if isinstance(loss, tuple) else loss
         return torch.as_tensor(total, device=batch[0].device).detach()
 
     def evaluate_loss(self, *batch: Tensor) -> Tensor:
         """Return the estimator's loss without gradients; modes stay as they are."""
         self.setup(*batch)
-        with torch.no_grad(), isolated(self._store):
-            loss = self.estimator.loss(self.model, self.guide, *batch)
+        with torch.no_grad():
+            loss = self._estimator.loss(*self._programs(), *batch)
         return torch.as_tensor(sum(loss) if isinstance(loss, tuple) else loss, device=batch[0].device)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -183,19 +192,10 @@ class Objective(nn.Module):
             )
 
 
-def _registered_parameters(role: str, trace: poutine.Trace) -> dict[str, nn.Parameter]:
-    found = {}
-    for name, site in trace.nodes.items():
-        if site["type"] != "param":
-            continue
-        parameter = site["value"].unconstrained()
-        if not isinstance(parameter, nn.Parameter):
-            raise ValueError(
-                f"{role}: expected parameters of a module registered with `pyro.module` (contiguous "
-                f"in memory), got the parameter {name!r}; make it an nn.Parameter of a module"
-            )
-        found[name] = parameter
-    return found
+def _registered_parameters(trace: poutine.Trace) -> dict[str, nn.Parameter]:
+    """Return the parameters of a plain function's modules; ``in_own_store`` has refused all others."""
+    sites: dict[str, Any] = {name: site for name, site in trace.nodes.items() if site["type"] == "param"}
+    return {name: site["value"].unconstrained() for name, site in sites.items()}
 
 
 def _registering(name: str, program: Program) -> Program:
@@ -203,7 +203,7 @@ def _registering(name: str, program: Program) -> Program:
     if not isinstance(program, nn.Module) or isinstance(program, PyroModule):
         return program
 
-    def run(*batch: Tensor) -> Any:  # noqa: ANN401
+    def run(*batch: Tensor) -> Any:
         pyro.module(name, program)
         return program(*batch)
 

@@ -36,7 +36,7 @@ def place(device: str | torch.device | None, *programs: Program) -> torch.device
     return chosen
 
 
-def prepare_data(data: Any, name: str, device: torch.device) -> Any:  # noqa: ANN401
+def prepare_data(data: Any, name: str, device: torch.device) -> Any:
     """Return data as a checked ``Split`` on the device; loaders stay as they are."""
     if isinstance(data, (torch.utils.data.DataLoader, torch.utils.data.IterableDataset)):
         return data

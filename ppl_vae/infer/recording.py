@@ -37,7 +37,7 @@ class SiteRecorder(Messenger):
         self._runs: list[tuple[dict[str, Site], dict[str, Site]]] = []
         self._enumerated = False
 
-    def _pyro_post_sample(self, msg: Any) -> None:  # noqa: ANN401
+    def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
         name = msg["name"]

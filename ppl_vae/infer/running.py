@@ -12,23 +12,41 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.params.param_store import StateDict
 from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 Program = Callable[..., Any]
-Site = dict[str, Any]
+Site = Any  # Pyro's message: a dictionary of name, fn, value, is_observed, ...
 
 
-@contextmanager
-def isolated(state: dict | None = None) -> Iterator[dict]:
-    """Run programs in a parameter store of their own; the global one is as it was at the end.
+def in_own_store(program: Program, state: StateDict | None = None) -> Program:
+    """Return the program, made to run in a parameter store of its own.
+
+    Pyro shares parameters of one name between all programs of the process, those of a model and its
+    guide too; here each program has its module's parameters and leaves the global store as it was.
 
     Args:
-        state: the store's content from an earlier run, updated in place; by default an empty store.
+        program: a module or a plain function.
+        state: what the store holds from earlier runs, updated in place; by default nothing.
+
+    Raises:
+        ValueError: on a run that makes a parameter which no module owns.
     """
-    with pyro.get_param_store().scope(state) as scope:
-        yield scope
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with pyro.get_param_store().scope(state) as store:
+            result = program(*args, **kwargs)
+        for name, parameter in store["params"].items():
+            if not isinstance(parameter, nn.Parameter):
+                raise ValueError(
+                    f"parameter {name!r}: expected a parameter of a module, registered with `pyro.module` "
+                    "and contiguous in memory, got one that Pyro's store made; put it into a module"
+                )
+        return result
+
+    return run
 
 
 @contextmanager
@@ -60,7 +78,7 @@ def evaluating(*programs: Program) -> Iterator[None]:
                 for module in owner.modules():
                     to_eval(module)
     try:
-        with torch.no_grad(), isolated(), calls_of_modules(to_eval):
+        with torch.no_grad(), pyro.get_param_store().scope(), calls_of_modules(to_eval):
             yield
     finally:
         for module in switched:
@@ -69,8 +87,8 @@ def evaluating(*programs: Program) -> Iterator[None]:
 
 def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, Trace]:
     """Run the guide, then the model on the guide's draws; return the model's and the guide's trace."""
-    guide_trace = poutine.trace(guide).get_trace(*batch)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    guide_trace = poutine.trace(in_own_store(guide)).get_trace(*batch)
+    model_trace = poutine.trace(poutine.replay(in_own_store(model), trace=guide_trace)).get_trace(*batch)
     return model_trace, guide_trace
 
 
@@ -81,7 +99,7 @@ def batch_arguments(program: Program, batch: tuple[Tensor, ...]) -> tuple[Tensor
         TypeError: if the program takes more than the batch has.
     """
     call = program.forward if isinstance(program, nn.Module) else program
-    parameters = [p for p in inspect.signature(call).parameters.values()]
+    parameters = list(inspect.signature(call).parameters.values())
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return batch
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -169,9 +187,7 @@ def data_plate_size(name: str, site: Site) -> int:
     )
 
 
-def check_support(
-    name: str, site: str, fn: Any, x: Tensor, *, probabilities: bool = False  # noqa: ANN401
-) -> None:
+def check_support(name: str, site: str, fn: Any, x: Tensor, *, probabilities: bool = False) -> None:
     """Raise if a datum is outside the support of the distribution that observes it.
 
     Args:
@@ -193,9 +209,7 @@ def check_support(
         row = int((~inside).nonzero()[0])
         low, high = float(chunk[row].min()), float(chunk[row].max())
         boolean = "oolean" in repr(support) and low >= 0 and high <= 1
-        advice = (
-            "; binarise it (`binarization='dynamic'`) or use ContinuousBernoulli" if boolean else ""
-        )
+        advice = "; binarise it (`binarization='dynamic'`) or use ContinuousBernoulli" if boolean else ""
         raise ValueError(
             f"{name}: datum {start + row} is outside the support of site {site!r}, {support}: "
             f"its values reach from {low:.6g} to {high:.6g}{advice}"

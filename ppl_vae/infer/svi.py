@@ -114,7 +114,7 @@ class SVI:
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         if isinstance(self.optim, PyroOptim):
-            named = {
+            named: dict[str, Tensor] = {
                 f"{role}.{name}": p
                 for role, group in (self.objective.trainable or {}).items()
                 for name, p in group.items()
@@ -123,7 +123,7 @@ class SVI:
             real = torch.distributions.constraints.real
             with pyro.get_param_store().scope({"params": named, "constraints": dict.fromkeys(named, real)}):
                 self.optim(named.values())
-        else:
+        elif isinstance(self.optim, Optimizer):
             self.optim.step()
         return loss
 

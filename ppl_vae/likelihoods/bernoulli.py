@@ -19,6 +19,7 @@ class Bernoulli(nn.Module):
         decoder: network from ``[*batch, latent]`` to the logits, ``[*batch, *event]``.
 
     Example:
+        >>> import torch
         >>> from ppl_vae.networks import MLP
         >>> Bernoulli(MLP(2, (1, 8, 8)))(torch.zeros(5, 2)).event_shape
         torch.Size([1, 8, 8])

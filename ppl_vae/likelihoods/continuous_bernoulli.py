@@ -20,6 +20,7 @@ class ContinuousBernoulli(nn.Module):
         decoder: network from ``[*batch, latent]`` to the logits, ``[*batch, *event]``.
 
     Example:
+        >>> import torch
         >>> from ppl_vae.networks import MLP
         >>> ContinuousBernoulli(MLP(2, (1, 8, 8)))(torch.zeros(5, 2)).mean.shape
         torch.Size([5, 1, 8, 8])
@@ -35,9 +36,9 @@ class ContinuousBernoulli(nn.Module):
         return dist.ContinuousBernoulli(logits=logits).to_event(event_dims(logits, z))
 
     def init_bias(self, x: Tensor) -> None:
-        """Start the decoder's output bias at the logit of the data mean.
+        r"""Start the decoder's output bias at the logit of the data mean.
 
-        The mean of a continuous Bernoulli is nearer to 1/2 than its :math:`\\lambda`, so this is a
+        The mean of a continuous Bernoulli is nearer to 1/2 than its :math:`\lambda`, so this is a
         start in the right direction, not the exact data mean.
 
         Args:

@@ -24,6 +24,7 @@ class Normal(nn.Module):
         ValueError: if ``scale`` is none of these, or not above 0.
 
     Example:
+        >>> import torch
         >>> from ppl_vae.networks import MLP
         >>> Normal(MLP(2, 6), scale="network")(torch.zeros(5, 2)).event_shape
         torch.Size([3])

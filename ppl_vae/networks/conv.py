@@ -50,10 +50,10 @@ class ConvEncoder(nn.Module):
         hidden: int = 256,
         channels: int | Sequence[int] = (32, 64),
         *,
-        activation: str = "relu",
+        activation: str = "tanh",
         normalization: str | None = None,
         dropout: float = 0.0,
-        init: str | None = None,
+        init: str | None = "xavier",
     ) -> None:
         super().__init__()
         self._event = _check_image("in_shape", in_shape)
@@ -125,10 +125,10 @@ class ConvDecoder(nn.Module):
         hidden: int = 256,
         channels: int | Sequence[int] = (64, 32),
         *,
-        activation: str = "relu",
+        activation: str = "tanh",
         normalization: str | None = None,
         dropout: float = 0.0,
-        init: str | None = None,
+        init: str | None = "xavier",
     ) -> None:
         super().__init__()
         self._in_event = check_sizes("in_shape", in_shape)

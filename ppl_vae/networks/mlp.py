@@ -54,10 +54,10 @@ class MLP(nn.Module):
         out_shape: int | Sequence[int] | None = None,
         hidden: int | Sequence[int] = (256, 256),
         *,
-        activation: str = "relu",
+        activation: str = "tanh",
         normalization: str | None = None,
         dropout: float = 0.0,
-        init: str | None = None,
+        init: str | None = "xavier",
     ) -> None:
         super().__init__()
         self._in_event = check_sizes("in_shape", in_shape)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _KEYS = [
     "epoch",
+    "train_loss",
     "train_elbo",
     "train_reconstruction",
     "train_kl_z",
@@ -22,6 +23,7 @@ _KEYS = [
     "seconds",
 ]
 _KL = re.compile(r"(train|validation)_kl_(\w+)")
+_RATE = re.compile(r"learning_rate_\d+")  # of each parameter group, where they differ
 _FEW = 40  # curves of up to this many points get markers
 
 
@@ -32,8 +34,9 @@ def plot_history(result: Sequence[Mapping[str, float]], ax: "Axes | None" = None
     datum. Where the first tenth of 20 epochs or more is far below the rest, the left axis starts at the rest.
 
     Args:
-        result: one mapping for each epoch with the key epoch and any of train_elbo, train_reconstruction,
-            train_kl_z (one for each latent site), the same of validation, learning_rate and seconds.
+        result: one mapping for each epoch, such as ``fit`` records, with the key epoch and any of
+            train_loss, train_elbo, train_reconstruction, train_kl_z (one for each latent site), the same of
+            validation, learning_rate and seconds.
         ax: where to draw; None makes a figure.
 
     Returns:
@@ -131,7 +134,7 @@ def _check(history: Sequence[Mapping[str, float]]) -> None:
         if not isinstance(row, Mapping):
             raise TypeError(f"result[{i}]: expected a dict, got {type(row).__name__}")
         for key in row:
-            if key not in _KEYS and not _KL.fullmatch(key):
+            if key not in _KEYS and not _KL.fullmatch(key) and not _RATE.fullmatch(key):
                 raise ValueError(
                     f"result[{i}]: unknown key {key!r}{did_you_mean(key, _KEYS)}; expected one of {_KEYS}"
                 )

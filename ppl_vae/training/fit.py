@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import platform
-import sys
 import time
 import warnings
 import zlib
@@ -24,19 +23,20 @@ from tqdm import tqdm
 
 from ppl_vae._checks import check_positive, check_positive_int
 from ppl_vae._random import seeded
-from ppl_vae.data import Split, as_split, batches, check_data, num_batches
+from ppl_vae.data import Split, batches, num_batches
 from ppl_vae.description import describe
 from ppl_vae.infer.log_weights import terms
+from ppl_vae.infer.placing import place, prepare_data
 from ppl_vae.infer.recording import SiteRecorder, term_sums
 from ppl_vae.infer.running import (
     Program,
     batch_arguments,
     check_support,
     evaluating,
+    latent_sites,
     observed_sites,
     trace_pair,
 )
-from ppl_vae.infer.placing import place, prepare_data
 from ppl_vae.infer.svi import SVI, OptimizerFactory
 from ppl_vae.training import saving
 from ppl_vae.training.saving import Record, Run
@@ -50,9 +50,9 @@ Adam: OptimizerFactory = functools.partial(torch.optim.Adam, fused=True)
 def fit(
     model: Program,
     guide: Program,
-    data: Any,  # noqa: ANN401
+    data: Any,
     *,
-    validation: Any = None,  # noqa: ANN401
+    validation: Any = None,
     elbo: ELBO | None = None,
     optimizer: OptimizerFactory = Adam,
     learning_rate: float | Mapping[str, float] = 1e-3,
@@ -69,6 +69,7 @@ def fit(
     callbacks: Sequence[Callable[[Run], object]] = (),
     progress: bool = True,
     tensorboard: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> Run:
     """Train a model and a guide on data; log, check and save every epoch.
 
@@ -107,6 +108,7 @@ def fit(
         callbacks: called with the run after each epoch; one that returns True ends the training.
         progress: show a progress bar.
         tensorboard: log to ``output/tensorboard`` too.
+        notes: plain data of yours to keep in the run's settings.
 
     Returns:
         The run. Ctrl-C ends it at the last finished epoch, with ``run.interrupted``.
@@ -142,7 +144,8 @@ def fit(
         raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")
     if not callable(optimizer) or isinstance(optimizer, (Optimizer, pyro.optim.PyroOptim)):
         raise TypeError(
-            f"optimizer: expected a function that makes a torch optimiser, such as torch.optim.Adam, got {optimizer!r}"
+            "optimizer: expected a function that makes a torch optimiser, such as torch.optim.Adam, "
+            f"got {optimizer!r}"
         )
     if tensorboard and output is None:
         raise ValueError("output: expected a folder for tensorboard=True, got None")
@@ -167,6 +170,7 @@ def fit(
         "seed": seed,
         "data": _describe_data(train),
         "validation": None if held_out is None else _describe_data(held_out),
+        "notes": describe(notes),
     }
     svi = SVI(
         model,
@@ -214,7 +218,7 @@ class _Training:
     optimizer: Optimizer
     scheduler: Any
     train: Any
-    validation: Split | Any | None
+    validation: Any
     batch_size: int
     device: torch.device
     seed: int
@@ -257,7 +261,8 @@ class _Training:
                     for name, value in record.items():
                         writer.add_scalar(name, value, epoch)
                 bar.set_postfix_str(_summary(record))
-                if any([callback(run) is True for callback in callbacks]):
+                stops = [callback(run) is True for callback in callbacks]
+                if any(stops):
                     break
         except KeyboardInterrupt:
             self._restore(snapshot)
@@ -301,7 +306,7 @@ class _Training:
         """Take one epoch's steps; return the epoch's means in nats per datum."""
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
-        count = 0
+        count = step = 0
         for step, batch in enumerate(self._batches(), 1):
             with SiteRecorder() as recorder:
                 loss = self.svi.step(*batch)
@@ -318,6 +323,8 @@ class _Training:
                 self._check_losses(losses, epoch, step, snapshot)
                 losses.clear()
                 bar.set_postfix_str(_summary({k: float(v) / count for k, v in totals.items()}))
+        if not count:
+            raise ValueError("data: expected a loader that can be iterated once per epoch, got no batch")
         self._check_losses(losses, epoch, step, snapshot)
         return {name: float(value) / count for name, value in totals.items()}
 
@@ -374,11 +381,9 @@ class _Training:
                 with evaluating(self.run.model, self.run.guide):
                     traces = trace_pair(self.run.model, self.run.guide, *batch)
                 for trace, role in zip(reversed(traces), ("guide", "model"), strict=True):
-                    for name, site in trace.nodes.items():
-                        if site["type"] == "sample" and (
-                            not site["value"].isfinite().all()
-                            or not site["fn"].log_prob(site["value"]).isfinite().all()
-                        ):
+                    for name, site in (latent_sites(trace) | observed_sites(trace)).items():
+                        log_prob = site["fn"].log_prob(site["value"])
+                        if not (site["value"].isfinite().all() and log_prob.isfinite().all()):
                             return f"at site {name!r} of the {role}"
                 break
         return "at no one site"
@@ -432,7 +437,9 @@ class _Training:
                 self._resume(folder)
                 return
             if not overwrite:
-                raise FileExistsError(f"output: {folder} holds a run; set overwrite or resume, or choose another")
+                raise FileExistsError(
+                    f"output: {folder} holds a run; set overwrite or resume, or choose another"
+                )
             for name in (saving.CHECKPOINT, saving.MODEL, saving.HISTORY):
                 (folder / name).unlink(missing_ok=True)
         try:
@@ -446,7 +453,8 @@ class _Training:
         for key, value in self.run.config.items():
             if key not in ("epochs", "versions", "device") and saved.get(key) != value:
                 raise ValueError(
-                    f"resume: {key} differs from the run in {folder}: {saved.get(key)!r} there, {value!r} here"
+                    f"resume: {key} differs from the run in {folder}: "
+                    f"{saved.get(key)!r} there, {value!r} here"
                 )
         saving.write_config(folder, self.run.config)
         if not path.exists():
@@ -455,7 +463,12 @@ class _Training:
         own = self.svi.objective.tensors()
         saving.check_tensors(own, {k: v for k, v in tensors.items() if k in own}, path)
         try:
-            self._restore({"tensors": {k: v.to(self.device) if k in own else v for k, v in tensors.items()}, "state": state})
+            self._restore(
+                {
+                    "tensors": {k: v.to(self.device) if k in own else v for k, v in tensors.items()},
+                    "state": state,
+                }
+            )
             epoch, best_epoch, best_elbo = (state[k] for k in ("epoch", "best_epoch", "best_elbo"))
             history = saving.read_history(folder)[:epoch]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -479,11 +492,15 @@ def _learning_rates(learning_rate: float | Mapping[str, float]) -> dict[str, flo
     return {role: check_positive(f"learning_rate[{role!r}]", rate) for role, rate in learning_rate.items()}
 
 
-def _describe_data(data: Any) -> dict[str, Any]:  # noqa: ANN401
+def _describe_data(data: Any) -> dict[str, Any]:
     if not isinstance(data, Split):
         return {"loader": f"{type(data).__module__}.{type(data).__qualname__}"}
     content = zlib.crc32(data.x.detach().cpu().contiguous().numpy().tobytes())
-    return {"source": describe(getattr(data, "source", None)), "size": len(data), "checksum": f"{content:08x}"}
+    return {
+        "source": describe(getattr(data, "source", None)),
+        "size": len(data),
+        "checksum": f"{content:08x}",
+    }
 
 
 def _check_all(model: Program, guide: Program, split: Split, name: str, batch: tuple[Tensor, ...]) -> None:
@@ -506,7 +523,7 @@ def _summary(record: Mapping[str, float]) -> str:
     return f"{side}" + ", ".join(f"{name} {shown[name]:.2f}" for name in names)
 
 
-def _summary_writer(path: Path, purge: int) -> Any:  # noqa: ANN401
+def _summary_writer(path: Path, purge: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -20,7 +20,12 @@ from ppl_vae.infer.objective import Objective
 from ppl_vae.infer.running import Program
 
 FORMAT = 1
-CONFIG, MODEL, CHECKPOINT, HISTORY = "config.yaml", "model.safetensors", "checkpoint.safetensors", "history.csv"
+CONFIG, MODEL, CHECKPOINT, HISTORY = (
+    "config.yaml",
+    "model.safetensors",
+    "checkpoint.safetensors",
+    "history.csv",
+)
 _MAX_CONFIG_BYTES = 1 << 20
 
 Record = dict[str, float]
@@ -69,7 +74,7 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     write(folder / CONFIG, yaml.safe_dump({"format": FORMAT, **config}, sort_keys=False).encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Any = None) -> None:  # noqa: ANN401
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Any = None) -> None:
     """Write tensors and, in the file's header, a state of plain data."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write(path, safetensors.torch.save(plain, {"state": json.dumps(state)}))
@@ -87,7 +92,7 @@ def write_history(folder: Path, history: list[Record]) -> None:
 class _PlainLoader(yaml.SafeLoader):
     """YAML of plain data; anchors, which can blow a small file up, are refused."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401
+    def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not allowed")
         return super().compose_node(parent, index)
@@ -103,7 +108,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise ValueError(f"{path}: expected a settings file of at most {_MAX_CONFIG_BYTES} bytes")
-        settings = yaml.load(path.read_text(), _PlainLoader)  # noqa: S506
+        settings = yaml.load(path.read_text(), _PlainLoader)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: expected a settings file, found none") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -128,7 +133,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG}: expected a run of format {FORMAT}")
     for key in ("model", "guide", "data"):
         if not isinstance(config.get(key), dict):
-            raise ValueError(f"{folder / CONFIG}: expected an entry {key!r} with settings, got {config.get(key)!r}")
+            raise ValueError(
+                f"{folder / CONFIG}: expected an entry {key!r} with settings, got {config.get(key)!r}"
+            )
     return config
 
 
@@ -144,7 +151,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {}).get("state", "null"))
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, state
     except (safetensors.SafetensorError, ValueError, RecursionError, OSError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged file of tensors: {str(error).splitlines()[0]}") from None
 
@@ -188,7 +195,9 @@ def check_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
         ("has the unknown", tensors.keys() - into.keys()),
     ):
         if names:
-            raise ValueError(f"{path}: {what} tensors {sorted(names)[:3]}: saved from another pair, or damaged")
+            raise ValueError(
+                f"{path}: {what} tensors {sorted(names)[:3]}: saved from another pair, or damaged"
+            )
     for name, target in into.items():
         saved = tensors[name]
         if saved.shape != target.shape or saved.is_floating_point() != target.is_floating_point():
@@ -291,7 +300,7 @@ def _fill_functions(
     load_tensors(objective.tensors(), tensors, path)
 
 
-def flatten(tree: Any, tensors: dict[str, Tensor], key: str) -> Any:  # noqa: ANN401
+def flatten(tree: Any, tensors: dict[str, Tensor], key: str) -> Any:
     """Return nested state (an optimiser's, say) as JSON data, its tensors moved into ``tensors``.
 
     Raises:
@@ -309,7 +318,7 @@ def flatten(tree: Any, tensors: dict[str, Tensor], key: str) -> Any:  # noqa: AN
     raise TypeError(f"{key}: expected a tensor, number, string, list or dictionary to save, got {tree!r}")
 
 
-def unflatten(tree: Any, tensors: Mapping[str, Tensor], like: Any = None) -> Any:  # noqa: ANN401
+def unflatten(tree: Any, tensors: Mapping[str, Tensor], like: Any = None) -> Any:
     """Undo ``flatten``; ``like``, the state of a fresh object, gives the types of mappings and tuples."""
     if isinstance(tree, dict):
         if "tensor" in tree:
@@ -321,7 +330,9 @@ def unflatten(tree: Any, tensors: Mapping[str, Tensor], like: Any = None) -> Any
         kind: Callable = type(like) if isinstance(like, dict) else dict
         return kind(items)
     if isinstance(tree, list):
-        items_like = like if isinstance(like, (list, tuple)) and len(like) == len(tree) else [None] * len(tree)
+        items_like = (
+            like if isinstance(like, (list, tuple)) and len(like) == len(tree) else [None] * len(tree)
+        )
         values = [unflatten(v, tensors, item) for v, item in zip(tree, items_like, strict=True)]
         return tuple(values) if isinstance(like, tuple) else values
     return tree

@@ -125,7 +125,8 @@ def test_samples_are_draws_around_the_likelihoods_mean() -> None:
     weight = decoder.weight.detach()
     inside = weight @ torch.linalg.lstsq(weight, centred).solution
     torch.testing.assert_close(inside, centred, atol=1e-5, rtol=0.0)
-    # z is standard normal: entries of the means' covariance W W' have standard error below 2 |w|^2 / sqrt(2000).
+    # z is standard normal: the means' covariance is W W', each entry with a standard error below
+    # 2 |w|^2 / sqrt(2000).
     expected = weight @ weight.T
     tolerance = 5 * 2 * expected.diagonal().max().item() / 2000**0.5
     torch.testing.assert_close(centred.cov(), expected, atol=tolerance, rtol=0.0)

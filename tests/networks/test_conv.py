@@ -195,16 +195,16 @@ def test_dropout_in_train_mode_only(kind: type[nn.Module]) -> None:
 def test_he_keeps_the_second_moment() -> None:
     """He's rule: with relu the mean square of what enters a layer's relu is the same in each layer."""
     torch.manual_seed(8)
-    net = ConvDecoder(100, (64, 32, 32), 400, (128, 64), init="he")
+    net = ConvDecoder(100, (64, 32, 32), 400, (128, 64), activation="relu", init="he")
     squares, x = [], torch.randn(64, 100)
     with torch.no_grad():
         for layer in net.layers:
             x = layer(x)
             if isinstance(layer, (nn.Linear, nn.ConvTranspose2d)):
                 squares.append(x.square().mean().item())
-    # x has mean square 1, so 2 enters the first relu. Width w adds a relative error of about sqrt(5 / w) in
-    # the first layers (sqrt(5 / 400) = 0.11); borders miss taps: 3 of 2 x 16 or 2 x 32 per side, below 0.1.
-    # A fan of the wrong side of the transposed convolution or without its stride is wrong by 2 or more.
+    # The input has mean square 1, so 2 enters the first relu. The last row and column of s -> 2 s pixels miss
+    # a tap each, 1 / (3 s) of the sum: -8 % for s = 8, -4 % for s = 16. Random weights of width w add about
+    # sqrt(5 / w): 0.11 for w = 400. A wrong fan of the transposed convolutions is off by 2 or more.
     assert squares == pytest.approx([2.0] * 4, rel=0.3)
     assert all(not layer.bias.any() for layer in net.layers if hasattr(layer, "bias"))
 
@@ -225,7 +225,8 @@ def test_gradients_reach_every_parameter(kind: type[nn.Module], normalization: s
     net(torch.randn(3, 8, *event)).square().sum().backward()
     for name, parameter in net.named_parameters():
         # Rounding leaves 1e-6 or so where a normalisation takes a bias out again.
-        assert parameter.grad is not None and parameter.grad.abs().max() > 1e-4, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 1e-4, name
 
 
 @normalizations
@@ -234,7 +235,8 @@ def test_output_bias(normalization: str | None) -> None:
     net, _, _ = build(ConvDecoder, normalization=normalization)
     net.eval()
     x = torch.randn(5, 3)
-    assert isinstance(net.output_bias, nn.Parameter) and net.output_bias.shape == (2,)
+    assert isinstance(net.output_bias, nn.Parameter)
+    assert net.output_bias.shape == (2,)
     with torch.no_grad():
         before = net(x)
         net.output_bias.add_(torch.tensor([1.0, -2.0]))
@@ -267,12 +269,14 @@ def test_meta_device(kind: type[nn.Module], init: str | None) -> None:
         net, event, event_out = build(kind, normalization="batch", dropout=0.5, init=init)
         y = net(torch.empty(5, 6, *event))
     assert all(tensor.is_meta for tensor in net.state_dict().values())
-    assert y.is_meta and y.shape == (5, 6, *event_out)
+    assert y.is_meta
+    assert y.shape == (5, 6, *event_out)
 
 
 @both
-@normalizations
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("normalization", "train"), [(None, False), ("batch", False), ("batch", True), ("layer", True)]
+)
 def test_make_fx(kind: type[nn.Module], normalization: str | None, train: bool) -> None:
     """A symbolic trace serves other batch sizes: no shape is baked, no value is read."""
     torch.manual_seed(13)

@@ -150,16 +150,18 @@ def test_init(init: str, variance: float) -> None:
     linear, norm, _, output = net.layers
     # 60 000 weights: relative standard error of the variance at most sqrt(2 / 60 000) = 0.006; five of them.
     assert linear.weight.var().item() == pytest.approx(variance, rel=0.03)
-    assert not linear.bias.any() and not output.bias.any()
+    assert not linear.bias.any()
+    assert not output.bias.any()
     assert torch.equal(norm.weight, torch.ones(300))
 
 
-def test_default_init_is_pytorchs() -> None:
+def test_no_init_is_pytorchs() -> None:
     torch.manual_seed(7)
-    net = MLP(3, 2, hidden=(4,))
+    net = MLP(3, 2, hidden=(4,), init=None)
     torch.manual_seed(7)
     first, last = nn.Linear(3, 4), nn.Linear(4, 2)
-    assert torch.equal(net.layers[0].weight, first.weight) and torch.equal(net.output_bias, last.bias)
+    assert torch.equal(net.layers[0].weight, first.weight)
+    assert torch.equal(net.output_bias, last.bias)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -168,7 +170,8 @@ def test_gradients_reach_every_parameter(normalization: str | None) -> None:
     net = MLP((2, 3), 4, hidden=(5, 6), activation="tanh", normalization=normalization)
     net(torch.randn(3, 8, 2, 3)).square().sum().backward()
     for name, parameter in net.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 1e-5, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 1e-4, name
 
 
 def test_output_bias() -> None:
@@ -206,11 +209,13 @@ def test_meta_device(init: str | None) -> None:
         net = MLP((2, 3), 4, normalization="batch", dropout=0.5, init=init)
         y = net(torch.empty(5, 6, 2, 3))
     assert all(tensor.is_meta for tensor in net.state_dict().values())
-    assert y.is_meta and y.shape == (5, 6, 4)
+    assert y.is_meta
+    assert y.shape == (5, 6, 4)
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("normalization", "train"), [(None, False), ("batch", False), ("batch", True), ("layer", True)]
+)
 def test_make_fx(normalization: str | None, train: bool) -> None:
     """A symbolic trace serves other batch sizes: no shape is baked, no value is read."""
     torch.manual_seed(10)
@@ -227,7 +232,7 @@ def test_make_fx(normalization: str | None, train: bool) -> None:
 
 
 def test_plain_network_adds_no_reshape() -> None:
-    graph = make_fx(MLP(3, 2, hidden=(4,)).requires_grad_(False))(torch.zeros(5, 3))
+    graph = make_fx(MLP(3, 2, hidden=(4,), activation="relu").requires_grad_(False))(torch.zeros(5, 3))
     names = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
     assert names == {"aten.t.default", "aten.addmm.default", "aten.relu.default"}
 
