@@ -103,5 +103,6 @@ def _build(description: Any, name: str, known: Mapping[str, type]) -> Any:
     }
     try:
         return known[path](**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}: {path} can't be built: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}: {path} can't be built: {reason[:300]}") from error

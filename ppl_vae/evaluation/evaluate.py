@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from ppl_vae._checks import check_positive, check_positive_int
+from ppl_vae._checks import check_positive, check_positive_int, check_seed
 from ppl_vae._random import seeded
-from ppl_vae.data import batches, num_batches
+from ppl_vae.data import Split, batches, num_batches
+from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
 from ppl_vae.infer.log_weights import Terms, terms
 from ppl_vae.infer.placing import place, prepare_data
 from ppl_vae.infer.running import Program, batch_arguments, check_pair, evaluating, trace_pair
@@ -30,7 +31,8 @@ class Estimate:
     Attributes:
         values: nats, ``[n]``.
         num_particles: the number of draws per datum.
-        monte_carlo_error: the standard deviation of ``mean`` over new draws for the same data.
+        monte_carlo_error: the standard deviation of ``mean`` over new draws for the same data; NaN
+            for one draw per datum.
     """
 
     values: Tensor = field(repr=False)
@@ -139,8 +141,9 @@ def evaluate(
         >>> result.elbo.mean <= result.log_likelihood.mean
         True
     """
-    check_positive_int("num_particles", num_particles)
+    num_particles = check_positive_int("num_particles", num_particles)
     check_positive("memory", memory)
+    check_seed(seed)
     where = place(device, model, guide)
     data = prepare_data(data, "data", where)
     total = num_batches(data, 1)
@@ -150,15 +153,20 @@ def evaluate(
         evaluating(model, guide),
         tqdm(total=total, unit="datum", desc="log p(x)", disable=not progress, dynamic_ncols=True) as bar,
     ):
-        first = batch_arguments(model, next(iter(batches(data, 2, device=where, shuffle=False))))
-        check_pair(*trace_pair(model, guide, *first), first)
+        first = first_batch(model, data, "data", 2, where)
+        with running_on("data", first):
+            check_pair(*trace_pair(model, guide, *first), first)
+        observed = check_all(model, guide, data, "data", where)
         rows = rows_within(memory, lambda k: terms(model, guide, *(t[:1] for t in first), num_particles=k))
         if where.type == "cpu":
             rows = min(rows, CPU_ROWS)
-        particles = min(num_particles, rows)
+        particles = math.ceil(num_particles / math.ceil(num_particles / rows))
         with pyro.validation_enabled(False):
-            for loaded in batches(data, max(1, rows // particles), device=where, shuffle=False):
-                batch = batch_arguments(model, loaded)
+            loaded = batches(data, max(1, rows // particles), device=where, shuffle=False)
+            for i, whole in enumerate(loaded, 1):
+                batch = batch_arguments(model, whole)
+                if not isinstance(data, Split):
+                    check_batch(f"data, batch {i}", batch, observed)
                 for small in zip(*(t.split(max(1, rows // particles)) for t in batch), strict=True):
                     parts.append(_evaluate_batch(model, guide, small, num_particles, particles))
                     bar.update(len(small[0]))
@@ -166,14 +174,10 @@ def evaluate(
     n = len(values["elbo"])
 
     def estimate(name: str) -> Estimate:
-        variance = values[f"{name}_variance"].sum()
+        variance = values[f"variance of {name}"].sum()
         return Estimate(values[name], num_particles, float(variance.sqrt() / n))
 
-    sites = [
-        name.removeprefix("kl_")
-        for name in values
-        if name.startswith("kl_") and not name.endswith("_variance")
-    ]
+    sites = [name.removeprefix("kl_") for name in values if name.startswith("kl_")]
     return Evaluation(
         estimate("elbo"),
         estimate("reconstruction"),
@@ -207,11 +211,11 @@ def _evaluate_batch(
     result = {name: total / num_particles for name, total in sums.items()}
     for name, square in squares.items():
         spread = (square / num_particles - result[name].square()).clamp(min=0)
-        result[f"{name}_variance"] = spread / max(num_particles - 1, 1)
+        result[f"variance of {name}"] = spread / (num_particles - 1 or math.nan)
     result["log_likelihood"] = log_sum - math.log(num_particles)
     # the delta method: the variance of log(mean w) is that of mean w over its square
     relative = (log_sum_squares - 2 * log_sum + math.log(num_particles)).exp() - 1
-    result["log_likelihood_variance"] = relative.clamp(min=0) / max(num_particles - 1, 1)
+    result["variance of log_likelihood"] = relative.clamp(min=0) / (num_particles - 1 or math.nan)
     return result
 
 

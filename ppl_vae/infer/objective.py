@@ -74,8 +74,12 @@ class Objective(nn.Module):
         }
         self._modules_of_functions: dict[str, list[nn.Module]] = {"model": [], "guide": []}
 
-    def setup(self, *batch: Tensor) -> None:
+    def setup(self, *batch: Tensor, check_values: bool = True) -> None:
         """Check the pair on a batch and find its parameters; a no-op after the first call.
+
+        Args:
+            *batch: what both are called with, each ``[n, ...]``.
+            check_values: whether the batch's values, too, are to be ones that the model can observe.
 
         Raises:
             ValueError: if model and guide disagree on sites, plates or shapes, or a plain function
@@ -100,11 +104,11 @@ class Objective(nn.Module):
             torch.random.fork_rng(devices=devices),
             evaluating(self.model, self.guide),
             calls_of_modules(called.append),
-            pyro.validation_enabled(True),
+            pyro.validation_enabled(check_values),
         ):
             traces = trace_pair(noting("model", self.model), noting("guide", self.guide), *batch)
             check_pair(*traces, batch)
-            for name, site in observed_sites(traces[0]).items():
+            for name, site in observed_sites(traces[0]).items() if check_values else ():
                 if len(site["value"]) == len(batch[0]):
                     check_support("data", name, site["fn"], site["value"])
             for trace in traces:
@@ -195,7 +199,11 @@ class Objective(nn.Module):
 def _registered_parameters(trace: poutine.Trace) -> dict[str, nn.Parameter]:
     """Return the parameters of a plain function's modules; ``in_own_store`` has refused all others."""
     sites: dict[str, Any] = {name: site for name, site in trace.nodes.items() if site["type"] == "param"}
-    return {name: site["value"].unconstrained() for name, site in sites.items()}
+    found = {}
+    for name, site in sites.items():
+        value = site["value"]  # at the end of a store's scope Pyro unmarks the ones without a constraint
+        found[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
+    return found
 
 
 def _registering(name: str, program: Program) -> Program:

@@ -9,6 +9,25 @@ from ppl_vae.data import as_split, check_data
 from ppl_vae.infer.running import Program
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """Return the device, or raise if this machine has no such device."""
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected a device of this machine, got {device!r}; "
+            f"it has {torch.cuda.device_count()} CUDA devices"
+        )
+    try:
+        torch.zeros((), device=chosen).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device: expected a device of this machine, got {device!r}: {reason}") from None
+    return chosen
+
+
 def place(device: str | torch.device | None, *programs: Program) -> torch.device:
     """Move modules to a device, by default the one of their parameters, and return it.
 
@@ -22,15 +41,7 @@ def place(device: str | torch.device | None, *programs: Program) -> torch.device
         parameters = [p for module in modules for p in module.parameters()]
         chosen = parameters[0].device if parameters else torch.device("cpu")
     else:
-        try:
-            chosen = torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}") from None
-        if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"device: expected a device of this machine, got {device!r}; "
-                f"it has {torch.cuda.device_count()} CUDA devices"
-            )
+        chosen = check_device(device)
     for module in modules:
         module.to(chosen)
     return chosen
@@ -42,4 +53,10 @@ def prepare_data(data: Any, name: str, device: torch.device) -> Any:
         return data
     split = as_split(data, name)
     check_data(split, name)
+    if split.dynamic and (split.x.min() < 0 or split.x.max() > 1):
+        row = int(((split.x < 0) | (split.x > 1)).reshape(len(split), -1).any(1).nonzero()[0])
+        raise ValueError(
+            f"{name}: expected probabilities in [0, 1] for dynamic binarization, "
+            f"got values from {float(split.x.min()):.6g} to {float(split.x.max()):.6g}, first in row {row}"
+        )
     return split.to(device)

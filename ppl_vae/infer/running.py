@@ -87,13 +87,23 @@ def evaluating(*programs: Program) -> Iterator[None]:
 
 def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, Trace]:
     """Run the guide, then the model on the guide's draws; return the model's and the guide's trace."""
-    guide_trace = poutine.trace(in_own_store(guide)).get_trace(*batch)
-    model_trace = poutine.trace(poutine.replay(in_own_store(model), trace=guide_trace)).get_trace(*batch)
+    try:
+        guide_trace = poutine.trace(in_own_store(guide)).get_trace(*batch)
+        model_trace = poutine.trace(poutine.replay(in_own_store(model), trace=guide_trace)).get_trace(*batch)
+    except (ValueError, RuntimeError) as error:
+        if error.__cause__ is not None and "Trace Shapes" in str(error):
+            raise error.__cause__ from None  # without Pyro's table of all shapes
+        raise
     return model_trace, guide_trace
 
 
-def batch_arguments(program: Program, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def batch_arguments(program: Program, batch: tuple[Tensor, ...], name: str = "data") -> tuple[Tensor, ...]:
     """Return as many of a batch's tensors as the program takes: ``(x,)`` or ``(x, y)``.
+
+    Args:
+        program: a model or a guide.
+        batch: tensors, ``[n, ...]`` each.
+        name: the argument that the batch came in, for errors.
 
     Raises:
         TypeError: if the program takes more than the batch has.
@@ -106,7 +116,7 @@ def batch_arguments(program: Program, batch: tuple[Tensor, ...]) -> tuple[Tensor
     required = [p.name for p in positional if p.default is p.empty]
     if len(required) > len(batch):
         raise TypeError(
-            f"data: expected tensors for the model's arguments {required}, got {len(batch)}: "
+            f"{name}: expected tensors for the model's arguments {required}, got {len(batch)}: "
             "labels are missing, say"
         )
     return batch[: len(positional)]
@@ -200,7 +210,10 @@ def check_support(name: str, site: str, fn: Any, x: Tensor, *, probabilities: bo
     Raises:
         ValueError: naming the site, the values found and what to do.
     """
-    support = torch.distributions.constraints.unit_interval if probabilities else fn.support
+    try:
+        support = torch.distributions.constraints.unit_interval if probabilities else fn.support
+    except NotImplementedError:  # a distribution without a stated support
+        return
     for start in range(0, len(x), 10_000):
         chunk = x[start : start + 10_000]
         inside = support.check(chunk).reshape(len(chunk), -1).all(1)

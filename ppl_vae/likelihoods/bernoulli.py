@@ -1,9 +1,19 @@
 """The Bernoulli likelihood for binary data."""
 
 import pyro.distributions as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppl_vae.likelihoods._logits import event_dims, init_logit_bias
+
+
+class _FastBernoulli(dist.Bernoulli):
+    """A Bernoulli whose log-probability takes half the passes over memory that torch's takes."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return (value * self.logits).sub_(F.softplus(self.logits, threshold=40.0))
 
 
 class Bernoulli(nn.Module):
@@ -32,7 +42,7 @@ class Bernoulli(nn.Module):
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         """Return the Distribution over x for ``z`` of shape ``[*batch, latent]``."""
         logits = self.decoder(z)
-        return dist.Bernoulli(logits=logits).to_event(event_dims(logits, z))
+        return _FastBernoulli(logits=logits).to_event(event_dims(logits, z))
 
     def init_bias(self, x: Tensor) -> None:
         """Start the decoder's output bias at the logit of the data mean, clipped to [0.001, 0.999].

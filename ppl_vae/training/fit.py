@@ -1,6 +1,8 @@
 """Training of a model / guide pair by stochastic variational inference."""
 
+import contextlib
 import functools
+import inspect
 import math
 import os
 import platform
@@ -21,17 +23,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from ppl_vae._checks import check_positive, check_positive_int
+from ppl_vae._checks import check_positive, check_positive_int, check_seed
 from ppl_vae._random import seeded
 from ppl_vae.data import Split, batches, num_batches
 from ppl_vae.description import describe
+from ppl_vae.infer.checking import Observation, check_all, check_batch, first_batch, running_on
 from ppl_vae.infer.log_weights import terms
 from ppl_vae.infer.placing import place, prepare_data
 from ppl_vae.infer.recording import SiteRecorder, term_sums
 from ppl_vae.infer.running import (
     Program,
     batch_arguments,
-    check_support,
     evaluating,
     latent_sites,
     observed_sites,
@@ -131,34 +133,43 @@ def fit(
         >>> [record["epoch"] for record in run.history]
         [1, 2]
     """
-    check_positive_int("epochs", epochs)
-    check_positive_int("batch_size", batch_size)
+    epochs = check_positive_int("epochs", epochs)
+    batch_size = check_positive_int("batch_size", batch_size)
     rates = _learning_rates(learning_rate)
     if clip_norm is not None:
-        check_positive("clip_norm", clip_norm)
+        clip_norm = check_positive("clip_norm", clip_norm)
     if patience is not None:
-        check_positive_int("patience", patience)
+        patience = check_positive_int("patience", patience)
         if validation is None:
             raise ValueError("patience: expected validation data to stop by, got validation=None")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: expected a whole number from 0, got {seed!r}")
+    seed = check_seed(seed)
+    elbo = Trace_ELBO() if elbo is None else elbo
+    if not isinstance(elbo, ELBO):
+        raise TypeError(f"elbo: expected an instance of pyro.infer.ELBO such as Trace_ELBO(), got {elbo!r}")
     if not callable(optimizer) or isinstance(optimizer, (Optimizer, pyro.optim.PyroOptim)):
         raise TypeError(
             "optimizer: expected a function that makes a torch optimiser, such as torch.optim.Adam, "
-            f"got {optimizer!r}"
+            f"got {' '.join(repr(optimizer).split())}"
         )
+    if scheduler is not None and not callable(scheduler):
+        raise TypeError(
+            "scheduler: expected a function that makes a torch scheduler from the optimiser, "
+            f"got {scheduler!r}"
+        )
+    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
+        raise TypeError(f"callbacks: expected a sequence of functions of the run, got {callbacks!r}")
     if tensorboard and output is None:
         raise ValueError("output: expected a folder for tensorboard=True, got None")
     where = place(device, model, guide)
     train = prepare_data(data, "data", where)
     held_out = None if validation is None else prepare_data(validation, "validation", where)
-    elbo = Trace_ELBO() if elbo is None else elbo
     config = {
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("ppl-vae", "torch", "pyro-ppl")},
         "model": describe(model),
         "guide": describe(guide),
-        "elbo": describe(type(elbo)) | {k: describe(v) for k, v in vars(elbo).items() if _plain(v)},
+        "elbo": describe(type(elbo))
+        | {k: describe(v) for k, v in vars(elbo).items() if _plain(v) and k != "max_plate_nesting"},
         "optimizer": describe(optimizer),
         "learning_rate": describe(learning_rate),
         "scheduler": describe(scheduler),
@@ -175,41 +186,70 @@ def fit(
     svi = SVI(
         model,
         guide,
-        lambda _: optimizer(
+        lambda _: _make_optimizer(
+            optimizer,
             [
                 {"params": list(group.values()), "lr": rates[role]}
                 for role, group in (svi.objective.trainable or {}).items()
                 if group
-            ]
+            ],
         ),
         elbo,
         clip_norm=clip_norm,
         per_datum=True,
     )
     with seeded(seed, 0, 2):
-        batch = batch_arguments(model, next(iter(batches(train, batch_size, device=where, shuffle=False))))
-        svi.setup(*batch)
-        for name, split in (("data", train), ("validation", held_out)):
-            if isinstance(split, Split):
-                _check_all(model, guide, split, name, batch)
+        batch = first_batch(model, train, "data", batch_size, where)
+        with running_on("data", batch):
+            svi.setup(*batch)
+        observed = check_all(model, guide, train, "data", where)
+        if held_out is not None:
+            in_validation = check_all(model, guide, held_out, "validation", where)
+            if not isinstance(held_out, Split):
+                for i, loaded in enumerate(batches(held_out, batch_size, device=where, shuffle=False), 1):
+                    check_batch(f"validation, batch {i}", loaded, in_validation)
     config["data"]["batch"] = [[[1, *x.shape[1:]], str(x.dtype).removeprefix("torch.")] for x in batch]
     made = svi.optim
     if not isinstance(made, Optimizer):
         raise TypeError(f"optimizer: expected it to make a torch optimiser, it made {made!r}")
+    schedule = None if scheduler is None else scheduler(made)
+    if scheduler is not None and not isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
+        raise TypeError(f"scheduler: expected it to make a torch scheduler, it made {schedule!r}")
     training = _Training(
         svi=svi,
         optimizer=made,
-        scheduler=None if scheduler is None else scheduler(made),
+        scheduler=schedule,
         train=train,
         validation=held_out,
         batch_size=batch_size,
         device=where,
         seed=seed,
+        observed=observed,
         run=Run(model, guide, [], 0, config, None if output is None else Path(output)),
     )
     if output is not None:
         training.open_folder(overwrite=overwrite, resume=resume)
-    return training.fit(epochs, patience, callbacks, progress=progress, tensorboard=tensorboard)
+    try:
+        return training.fit(epochs, patience, callbacks, progress=progress, tensorboard=tensorboard)
+    except Exception:
+        training.remove_empty_folder()
+        raise
+
+
+def _make_optimizer(optimizer: OptimizerFactory, groups: list[dict[str, Any]]) -> Optimizer:
+    name = getattr(getattr(optimizer, "func", optimizer), "__name__", repr(optimizer))
+    try:
+        made = optimizer(groups)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"optimizer: {name} can't be made for these parameters: {reason}") from error
+    if isinstance(made, Optimizer):
+        closure = inspect.signature(type(made).step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(
+                f"optimizer: expected one that steps on given gradients, got {name}, which needs a closure"
+            )
+    return made
 
 
 @dataclass
@@ -222,7 +262,9 @@ class _Training:
     batch_size: int
     device: torch.device
     seed: int
+    observed: list[Observation]
     run: Run
+    made_folder: bool = False
     best: tuple[float, dict[str, Tensor]] = field(default_factory=lambda: (-math.inf, {}))
 
     # -- the loop ------------------------------------------------------------------------------
@@ -245,17 +287,19 @@ class _Training:
             disable=not progress,
             dynamic_ncols=True,
         )
-        writer = _summary_writer(run.path, first) if tensorboard and run.path else None
         snapshot = self._snapshot()
+        writer = None
         try:
+            writer = _summary_writer(run.path, first) if tensorboard and run.path else None
             for epoch in range(first + 1, epochs + 1):
                 if self._stopped_early(patience):
                     break
                 bar.set_description(f"epoch {epoch}/{epochs}")
                 record = self._epoch(epoch, snapshot, bar)
+                best, after = self._better(epoch, record), self._snapshot()
+                # one after the other, so that Ctrl-C finds all of an epoch or nothing
+                snapshot, (run.best_epoch, self.best) = after, best
                 run.history.append(record)
-                self._keep_best(epoch, record)
-                snapshot = self._snapshot()
                 self._save(epoch)
                 if writer is not None:
                     for name, value in record.items():
@@ -268,9 +312,11 @@ class _Training:
             self._restore(snapshot)
             run.interrupted = True
             done = len(run.history)
+            if done:  # Ctrl-C may have come while the epoch was being saved
+                self._save(done)
             where = f"; saved in {run.path}, continue with resume=True" if run.path and done else ""
             warnings.warn(f"interrupted: {done} of {epochs} epochs finished{where}", stacklevel=3)
-        except FloatingPointError:
+        except Exception:
             self._restore(snapshot)
             raise
         finally:
@@ -307,7 +353,10 @@ class _Training:
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         count = step = 0
+        unchecked = not isinstance(self.train, Split) and epoch == 1
         for step, batch in enumerate(self._batches(), 1):
+            if unchecked:
+                check_batch(f"data, batch {step}", batch, self.observed)
             with SiteRecorder() as recorder:
                 loss = self.svi.step(*batch)
             sums = recorder.sums()
@@ -326,6 +375,7 @@ class _Training:
         if not count:
             raise ValueError("data: expected a loader that can be iterated once per epoch, got no batch")
         self._check_losses(losses, epoch, step, snapshot)
+        self._check_parameters(epoch, step)
         return {name: float(value) / count for name, value in totals.items()}
 
     def _batches(self) -> Iterable[tuple[Tensor, ...]]:
@@ -343,15 +393,15 @@ class _Training:
                     totals[name] = totals[name] + value if name in totals else value
         return {name: float(value) / count for name, value in totals.items()}
 
-    def _keep_best(self, epoch: int, record: Record) -> None:
+    def _better(self, epoch: int, record: Record) -> tuple[int, tuple[float, dict[str, Tensor]]]:
+        """Return the best epoch so far, its validation ELBO and its tensors."""
         if self.validation is None:
-            self.run.best_epoch = epoch
-        elif record["validation_elbo"] > self.best[0]:
-            self.run.best_epoch = epoch
-            self.best = (
-                record["validation_elbo"],
-                {k: v.detach().clone() for k, v in self.svi.objective.tensors().items()},
-            )
+            return epoch, self.best
+        elbo = record["validation_elbo"]
+        if self.run.best_epoch and not elbo > self.best[0]:
+            return self.run.best_epoch, self.best
+        tensors = {k: v.detach().clone() for k, v in self.svi.objective.tensors().items()}
+        return epoch, (-math.inf if math.isnan(elbo) else elbo, tensors)
 
     def _stopped_early(self, patience: int | None) -> bool:
         return patience is not None and len(self.run.history) - self.run.best_epoch >= patience > 0
@@ -369,6 +419,15 @@ class _Training:
                 f"the loss became {float(losses[int(bad[0])])} in epoch {epoch}, step {first}, {site}; "
                 f"the parameters are those of epoch {epoch - 1}. Try a lower learning_rate or a clip_norm"
             )
+
+    def _check_parameters(self, epoch: int, step: int) -> None:
+        for role, parameters in (self.svi.objective.trainable or {}).items():
+            for name, parameter in parameters.items():
+                if not parameter.isfinite().all():
+                    raise FloatingPointError(
+                        f"the parameter {role}.{name} became NaN or infinite in epoch {epoch}, by step {step}; "
+                        f"the parameters are those of epoch {epoch - 1}. Try a lower learning_rate or a clip_norm"
+                    )
 
     def _find_bad_site(self, epoch: int, bad_step: int, snapshot: dict[str, Any]) -> str:
         """Repeat the epoch up to the bad step and name the first site that is no number there."""
@@ -430,7 +489,9 @@ class _Training:
             return
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"output: expected a folder, {folder} is a file")
-        if folder.is_dir() and any(folder.iterdir()):
+        # what a write was ended in counts for nothing
+        leftovers = {saving.temporary(folder / name).name for name in saving.FILES}
+        if folder.is_dir() and any(file.name not in leftovers for file in folder.iterdir()):
             if not (folder / saving.CONFIG).is_file():
                 raise FileExistsError(f"output: {folder} holds other files than a run; choose another folder")
             if resume:
@@ -445,8 +506,20 @@ class _Training:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             saving.write_config(folder, self.run.config)
+            self.made_folder = True
         except OSError as error:
             raise OSError(f"output: can't write to {folder}: {error.strerror}") from None
+
+    def remove_empty_folder(self) -> None:
+        """Remove the folder that ``open_folder`` made if no epoch came to be saved in it."""
+        folder = self.run.path
+        if folder is None or not self.made_folder or self.run.history:
+            return
+        for name in saving.FILES:
+            (folder / name).unlink(missing_ok=True)
+            saving.temporary(folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other files are the caller's
+            folder.rmdir()
 
     def _resume(self, folder: Path) -> None:
         saved, path = saving.read_config(folder), folder / saving.CHECKPOINT
@@ -471,8 +544,10 @@ class _Training:
             )
             epoch, best_epoch, best_elbo = (state[k] for k in ("epoch", "best_epoch", "best_elbo"))
             history = saving.read_history(folder)[:epoch]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}: damaged checkpoint: {error!r}") from None
+            self._check_optimizer_state()
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: damaged checkpoint: {type(error).__name__}: {reason}") from error
         if len(history) != epoch:
             raise ValueError(f"{folder / saving.HISTORY}: expected {epoch} epochs, found {len(history)}")
         self.run.history, self.run.best_epoch = history, best_epoch
@@ -480,6 +555,17 @@ class _Training:
             best, _ = saving.read_tensors(folder / saving.MODEL)
             saving.check_tensors(own, best, folder / saving.MODEL)
             self.best = (best_elbo, {k: v.to(self.device) for k, v in best.items()})
+
+
+    def _check_optimizer_state(self) -> None:
+        """Raise if the moments have other shapes than their parameters, which fused steps don't look at."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                for name, value in self.optimizer.state.get(parameter, {}).items():
+                    if group.get("fused") and isinstance(value, Tensor) and name != "step":
+                        if value.shape != parameter.shape:
+                            expected, got = list(parameter.shape), list(value.shape)
+                            raise ValueError(f"expected {name} of shape {expected}, got {got}")
 
 
 def _learning_rates(learning_rate: float | Mapping[str, float]) -> dict[str, float]:
@@ -500,16 +586,9 @@ def _describe_data(data: Any) -> dict[str, Any]:
         "source": describe(getattr(data, "source", None)),
         "size": len(data),
         "checksum": f"{content:08x}",
+        "dynamic": data.dynamic,
+        "labels": None if data.y is None else f"{zlib.crc32(data.y.cpu().contiguous().numpy().tobytes()):08x}",
     }
-
-
-def _check_all(model: Program, guide: Program, split: Split, name: str, batch: tuple[Tensor, ...]) -> None:
-    """Raise if any datum is outside the support of the site that observes it."""
-    with evaluating(model, guide):
-        first = batch_arguments(model, split.batch(torch.arange(1, device=split.x.device)))
-        for site_name, site in observed_sites(trace_pair(model, guide, *first)[0]).items():
-            if site["value"] is first[0]:
-                check_support(name, site_name, site["fn"], split.x, probabilities=split.dynamic)
 
 
 def _plain(value: object) -> bool:

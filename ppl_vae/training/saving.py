@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ppl_vae.description import build
 from ppl_vae.infer.objective import Objective
+from ppl_vae.infer.placing import check_device
 from ppl_vae.infer.running import Program
 
 FORMAT = 1
@@ -26,7 +28,9 @@ CONFIG, MODEL, CHECKPOINT, HISTORY = (
     "checkpoint.safetensors",
     "history.csv",
 )
+FILES = (CONFIG, MODEL, CHECKPOINT, HISTORY)
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_DATUM = 1 << 28  # numbers
 
 Record = dict[str, float]
 
@@ -61,12 +65,16 @@ class Run:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old or the new content, whatever ends the process."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with open(temporary(path), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(temporary(path), path)
+
+
+def temporary(path: Path) -> Path:
+    """Return where ``write`` puts the new content until it is whole."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -105,13 +113,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is malformed, too large, or no mapping.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a settings file, found none")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: expected a settings file of at most {_MAX_CONFIG_BYTES} bytes")
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ValueError(f"{path}: expected a settings file of at most {_MAX_CONFIG_BYTES} bytes")
-        settings = yaml.load(path.read_text(), _PlainLoader)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: expected a settings file, found none") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        settings = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML lets many kinds out: an impossible date's, an endless number's
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: malformed YAML: {reason[:300]}") from None
     if not isinstance(settings, dict):
@@ -152,8 +162,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {}).get("state", "null"))
             return {name: file.get_tensor(name) for name in file.keys()}, state
-    except (safetensors.SafetensorError, ValueError, RecursionError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged file of tensors: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: damaged file of tensors: {reason[:300]}") from None
 
 
 def read_history(folder: Path) -> list[Record]:
@@ -172,15 +183,16 @@ def read_history(folder: Path) -> list[Record]:
                 for row in csv.DictReader(file)
             ]
         return [{**row, "epoch": int(row["epoch"])} for row in rows]
-    except (ValueError, TypeError, KeyError, csv.Error) as error:
-        raise ValueError(f"{path}: damaged history: {error!r}") from None
+    except (ValueError, TypeError, KeyError, OverflowError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{path}: damaged history: {reason[:300]}") from None
 
 
 def load_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy saved tensors into parameters and buffers.
 
     Raises:
-        ValueError: if names, shapes or types differ.
+        ValueError: if names, shapes or types differ, or values are NaN or infinite that aren't already.
     """
     check_tensors(into, tensors, path)
     with torch.no_grad():
@@ -205,8 +217,10 @@ def check_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
                 f"{path}: {name} is {saved.dtype} {list(saved.shape)}, "
                 f"expected {target.dtype} {list(target.shape)}"
             )
-        if saved.is_floating_point() and not saved.isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are NaN or infinite")
+        if saved.is_floating_point() and not target.is_meta:
+            same = target.detach().cpu() == saved.cpu()  # a mask's infinities, say
+            if not (saved.cpu().isfinite() | same).all():
+                raise ValueError(f"{path}: {name} has values that are NaN or infinite")
 
 
 def load_run(
@@ -237,6 +251,7 @@ def load_run(
         >>> run = load_run("runs/digits")  # doctest: +SKIP
         >>> run.model(None, size=3)  # doctest: +SKIP
     """
+    device = check_device(device)
     folder = Path(path)
     config = read_config(folder)
     tensors, state = read_tensors(folder / MODEL)
@@ -269,7 +284,8 @@ def _build_and_fill(
     if not isinstance(check_shapes, nn.Module):
         raise ValueError(f"{role}: expected a description of a module, got {description!r}")
     check_tensors(check_shapes.state_dict(keep_vars=True), saved, path)
-    program = build(description, role, classes)
+    with torch.random.fork_rng(devices=[]):  # the first values are drawn, then overwritten
+        program = build(description, role, classes)
     floating = [t.dtype for t in saved.values() if t.is_floating_point()]
     if floating:
         program.to(floating[0])
@@ -289,14 +305,17 @@ def _fill_functions(
     from pyro.infer import Trace_ELBO
 
     try:
+        shapes = [[int(size) for size in shape] for shape, _ in config["data"]["batch"]]
+        if any(math.prod(shape) > _MAX_DATUM for shape in shapes):
+            raise ValueError(f"a datum of more than {_MAX_DATUM} numbers")
         batch = [
-            torch.zeros(*shape, dtype=getattr(torch, dtype), device=device)
-            for shape, dtype in config["data"]["batch"]
+            torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+            for shape, (_, dtype) in zip(shapes, config["data"]["batch"], strict=True)
         ]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
         raise ValueError(f"{path.with_name(CONFIG)}: expected data.batch, the shapes of a batch") from None
     objective = Objective(model, guide, Trace_ELBO())
-    objective.setup(*batch)
+    objective.setup(*batch, check_values=False)  # zeros, which the model need not be able to observe
     load_tensors(objective.tensors(), tensors, path)
 
 
