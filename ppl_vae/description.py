@@ -15,6 +15,7 @@ from torch import nn
 
 from ppl_vae._checks import did_you_mean
 
+MAX_LENGTH = 1000  # of a list of sizes, each of which costs a layer
 PACKAGES = ("models", "guides", "priors", "likelihoods", "networks")
 
 
@@ -98,6 +99,10 @@ def _build(description: Any, name: str, known: Mapping[str, type]) -> Any:
             f"{name}: was made by {path!r}, which is no class of the library{did_you_mean(path, known)}; "
             f"pass the {name.split('.')[0]} as `{name.split('.')[0]}=` or its class in `classes=`"
         )
+    if path in library_classes():
+        for key, item in description.items():
+            if isinstance(item, list) and len(item) > MAX_LENGTH:
+                raise ValueError(f"{name}.{key}: expected at most {MAX_LENGTH} entries, got {len(item)}")
     arguments = {
         key: _build(item, f"{name}.{key}", known) for key, item in description.items() if key != "class"
     }

@@ -1,6 +1,7 @@
 """Evaluation of a model / guide pair: ELBO, its parts, and importance-sampled log p(x)."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from ppl_vae._checks import check_positive, check_positive_int, check_seed
 from ppl_vae._random import seeded
-from ppl_vae.data import Split, batches, num_batches
+from ppl_vae.data import Split, batches
 from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
 from ppl_vae.infer.log_weights import Terms, terms
 from ppl_vae.infer.placing import place, prepare_data
@@ -146,7 +147,7 @@ def evaluate(
     check_seed(seed)
     where = place(device, model, guide)
     data = prepare_data(data, "data", where)
-    total = num_batches(data, 1)
+    total = len(data) if isinstance(data, Split) else None
     parts: list[dict[str, Tensor]] = []
     with (
         seeded(seed),
@@ -157,17 +158,19 @@ def evaluate(
         with running_on("data", first):
             check_pair(*trace_pair(model, guide, *first), first)
         observed = check_all(model, guide, data, "data", where)
-        rows = rows_within(memory, lambda k: terms(model, guide, *(t[:1] for t in first), num_particles=k))
-        if where.type == "cpu":
-            rows = min(rows, CPU_ROWS)
-        particles = math.ceil(num_particles / math.ceil(num_particles / rows))
+
+        def run(n: int, k: int) -> Terms:
+            return terms(model, guide, *(t[:n] for t in first), num_particles=k)
+
+        rows = CPU_ROWS if where.type == "cpu" else sys.maxsize
+        size, particles = pass_size(memory, num_particles, rows, run)
         with pyro.validation_enabled(False):
-            loaded = batches(data, max(1, rows // particles), device=where, shuffle=False)
+            loaded = batches(data, size, device=where, shuffle=False)
             for i, whole in enumerate(loaded, 1):
                 batch = batch_arguments(model, whole)
                 if not isinstance(data, Split):
                     check_batch(f"data, batch {i}", batch, observed)
-                for small in zip(*(t.split(max(1, rows // particles)) for t in batch), strict=True):
+                for small in zip(*(t.split(size) for t in batch), strict=True):
                     parts.append(_evaluate_batch(model, guide, small, num_particles, particles))
                     bar.update(len(small[0]))
     values = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
@@ -219,17 +222,31 @@ def _evaluate_batch(
     return result
 
 
-def rows_within(memory: float, run: Callable[[int], Terms]) -> int:
-    """Return how many rows (a draw for a datum each) a pass may have to stay within ``memory`` bytes.
+def pass_size(
+    memory: float, num_particles: int, rows: int, run: Callable[[int, int], Terms]
+) -> tuple[int, int]:
+    """Return how many data, and how many draws for each, a pass may have to stay within ``memory`` bytes.
 
     Counts the bytes that a pass makes, as if none were freed before its end.
+
+    Args:
+        memory: bytes.
+        num_particles: the most draws for a datum.
+        rows: the most rows (a draw for a datum each).
+        run: makes a pass of so many data, 1 or 2, with so many draws.
     """
     counts = []
-    for k in (1, 5):
+    for n, k in ((1, 1), (1, 5), (2, 1)):
         with _CountBytes() as counter:
-            run(k)
+            run(n, k)
         counts.append(counter.bytes)
-    return max(1, int(memory // max(1, (counts[1] - counts[0]) // 4)))
+    per_draw = max(1, (counts[1] - counts[0]) // 4)
+    per_datum = max(0, counts[2] - counts[0] - per_draw)  # the encoder's share
+    left = memory - per_datum if per_datum < memory else memory
+    most = max(1, min(num_particles, rows, int(left // per_draw)))
+    particles = math.ceil(num_particles / math.ceil(num_particles / most))  # in equal parts
+    size = max(1, min(rows // particles, int(memory // (per_datum + particles * per_draw))))
+    return size, particles
 
 
 class _CountBytes(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """The seam: a model, a guide and an ELBO estimator as one module whose forward is the loss."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -11,6 +12,7 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import StateDict
 from torch import Tensor, nn
 
+from ppl_vae.program import Program as LibraryProgram
 from ppl_vae.infer.running import (
     Program,
     calls_of_modules,
@@ -69,9 +71,7 @@ class Objective(nn.Module):
         self.estimator = estimator
         self._estimator: Any = estimator  # Pyro's base class declares none of the methods
         self.trainable: dict[str, dict[str, nn.Parameter]] | None = None
-        self._stores: dict[str, StateDict] = {
-            role: {"params": {}, "constraints": {}} for role in ("model", "guide")
-        }
+        self._baselines: StateDict = {"params": {}, "constraints": {}}  # TraceGraph_ELBO's
         self._modules_of_functions: dict[str, list[nn.Module]] = {"model": [], "guide": []}
 
     def setup(self, *batch: Tensor, check_values: bool = True) -> None:
@@ -82,19 +82,21 @@ class Objective(nn.Module):
             check_values: whether the batch's values, too, are to be ones that the model can observe.
 
         Raises:
-            ValueError: if model and guide disagree on sites, plates or shapes, or a plain function
-                calls ``pyro.param`` outside a module.
+            ValueError: if model and guide disagree on sites, plates or shapes, or a parameter that
+                one of them runs with is no module's (``pyro.param``) or not its own module's.
         """
         if self.trainable is not None:
             return
         called: list[nn.Module] = []
         ran: dict[str, list[nn.Module]] = {}
+        constrained: dict[str, Mapping[str, Any]] = {}
 
         def noting(role: str, program: Program) -> Program:
             def run(*args: Any) -> Any:
                 called.clear()
                 result = program(*args)
                 ran[role] = list(dict.fromkeys(called))
+                constrained[role] = pyro.get_param_store().get_state()["params"]
                 return result
 
             return run
@@ -113,20 +115,21 @@ class Objective(nn.Module):
                     check_support("data", name, site["fn"], site["value"])
             for trace in traces:
                 trace.compute_log_prob()
-        self.trainable = {}
+        trainable: dict[str, dict[str, nn.Parameter]] = {}
+        registered: dict[str, dict[str, nn.Parameter]] = {}
         seen: set[int] = set()
         for role, program, trace in zip(("model", "guide"), (self.model, self.guide), traces, strict=True):
-            found = (
-                dict(program.named_parameters())
-                if isinstance(program, nn.Module)
-                else _registered_parameters(trace)
-            )
-            self.trainable[role] = {
-                name: p for name, p in found.items() if p.requires_grad and id(p) not in seen
-            }
-            seen |= {id(p) for p in found.values()}
-            if not isinstance(program, nn.Module):
+            registered[role] = _registered_parameters(trace, constrained[role])
+            if isinstance(program, nn.Module):
+                found = dict(program.named_parameters())
+            else:
+                found = _lasting_names(registered[role], ran[role])
                 self._modules_of_functions[role] = ran[role]
+            trainable[role] = {name: p for name, p in found.items() if p.requires_grad and id(p) not in seen}
+            seen |= {id(p) for p in found.values()}
+        for role in trainable:
+            _check_reach(role, registered[role], ran[role], seen)
+        self.trainable = trainable
 
     def forward(self, *batch: Tensor) -> Tensor:
         """Return the estimator's loss, a scalar: summed over the batch as in ``pyro.infer.SVI``."""
@@ -135,10 +138,7 @@ class Objective(nn.Module):
 
     def _programs(self) -> tuple[Program, Program]:
         """Return model and guide, each running in its own parameter store."""
-        return (
-            in_own_store(self.model, self._stores["model"]),
-            in_own_store(self.guide, self._stores["guide"]),
-        )
+        return in_own_store(self.model), in_own_store(self.guide)
 
     def loss_and_grads(self, *batch: Tensor) -> Tensor:
         """Add the loss's gradients to ``grad`` of the parameters; return the loss, detached.
@@ -152,19 +152,17 @@ class Objective(nn.Module):
             return loss.detach()
         self.setup(*batch)
         programs = zip(("model", "guide"), (self.model, self.guide), strict=True)
-        model, guide = (
-            in_own_store(_registering(role, program), self._stores[role]) for role, program in programs
-        )
-        loss = self._estimator.loss_and_grads(model, guide, *batch)
-        total = sum(loss) if isinstance(loss, tuple) else loss
-        return torch.as_tensor(total, device=batch[0].device).detach()
+        model, guide = (in_own_store(_registering(role, program)) for role, program in programs)
+        with pyro.get_param_store().scope(self._baselines):
+            loss = self._estimator.loss_and_grads(model, guide, *batch)
+        return _scalar(loss, batch[0]).detach()
 
     def evaluate_loss(self, *batch: Tensor) -> Tensor:
         """Return the estimator's loss without gradients; modes stay as they are."""
         self.setup(*batch)
         with torch.no_grad():
             loss = self._estimator.loss(*self._programs(), *batch)
-        return torch.as_tensor(sum(loss) if isinstance(loss, tuple) else loss, device=batch[0].device)
+        return _scalar(loss, batch[0])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every parameter and buffer by name, those of plain functions' networks too.
@@ -196,14 +194,56 @@ class Objective(nn.Module):
             )
 
 
-def _registered_parameters(trace: poutine.Trace) -> dict[str, nn.Parameter]:
-    """Return the parameters of a plain function's modules; ``in_own_store`` has refused all others."""
+def _registered_parameters(trace: poutine.Trace, constrained: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+    """Return the parameters that a program registered in Pyro: those with a constraint are in its store."""
     sites: dict[str, Any] = {name: site for name, site in trace.nodes.items() if site["type"] == "param"}
+    return {name: constrained.get(name, site["value"]) for name, site in sites.items()}
+
+
+def _lasting_names(
+    registered: dict[str, nn.Parameter], ran: list[nn.Module]
+) -> dict[str, nn.Parameter]:
+    """Return parameters by names that another process gives too: without the numbers of ``Program`` names."""
+    programs = [module for module in ran if isinstance(module, LibraryProgram)]
+    names = {}
+    for i, program in enumerate(programs):
+        earlier = sum(type(other) is type(program) for other in programs[:i])
+        names[program._pyro_name] = type(program).__name__ + (f"_{earlier}" if earlier else "")
     found = {}
-    for name, site in sites.items():
-        value = site["value"]  # at the end of a store's scope Pyro unmarks the ones without a constraint
-        found[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
+    for name, parameter in registered.items():
+        owner, dot, rest = name.partition(".")
+        found[names.get(owner, owner) + dot + rest] = parameter
     return found
+
+
+def _check_reach(
+    role: str, registered: dict[str, nn.Parameter], ran: list[nn.Module], reached: set[int]
+) -> None:
+    """Raise or warn of parameters that a program runs with and that the optimiser will not see."""
+    strangers = [name for name, p in registered.items() if p.requires_grad and id(p) not in reached]
+    if strangers:
+        raise ValueError(
+            f"{role}: registers {', '.join(strangers)} of a module that is no part of it, which would not "
+            "train; make that module an attribute"
+        )
+    forgotten = [
+        f"{type(module).__name__}.{name}"
+        for module in ran
+        for name, p in module.named_parameters(recurse=False)
+        if p.requires_grad and id(p) not in reached
+    ]
+    if forgotten:
+        warnings.warn(
+            f"{role}: runs {', '.join(forgotten)} without `pyro.module`: they will not train",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _scalar(loss: Any, x: Tensor) -> Tensor:
+    """Return a loss of Pyro's (a number, or the two of wake and sleep) as a scalar of the data's dtype."""
+    total = sum(loss) if isinstance(loss, tuple) else loss
+    return torch.as_tensor(total, dtype=x.dtype if x.is_floating_point() else None, device=x.device)
 
 
 def _registering(name: str, program: Program) -> Program:

@@ -12,8 +12,10 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.params.param_store import StateDict
+from pyro.distributions import constraints
+from pyro.params.param_store import module_from_param_with_module_name
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -21,7 +23,7 @@ Program = Callable[..., Any]
 Site = Any  # Pyro's message: a dictionary of name, fn, value, is_observed, ...
 
 
-def in_own_store(program: Program, state: StateDict | None = None) -> Program:
+def in_own_store(program: Program) -> Program:
     """Return the program, made to run in a parameter store of its own.
 
     Pyro shares parameters of one name between all programs of the process, those of a model and its
@@ -29,24 +31,45 @@ def in_own_store(program: Program, state: StateDict | None = None) -> Program:
 
     Args:
         program: a module or a plain function.
-        state: what the store holds from earlier runs, updated in place; by default nothing.
 
     Raises:
         ValueError: on a run that makes a parameter which no module owns.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with pyro.get_param_store().scope(state) as store:
+        own = _ModuleParameters()
+        with pyro.get_param_store().scope() as store, own:
             result = program(*args, **kwargs)
-        for name, parameter in store["params"].items():
-            if not isinstance(parameter, nn.Parameter):
+        for name in own.others:  # those that a PyroModule has just made are in the store as parameters
+            if not isinstance(store["params"].get(name), nn.Parameter):
                 raise ValueError(
-                    f"parameter {name!r}: expected a parameter of a module, registered with `pyro.module` "
-                    "and contiguous in memory, got one that Pyro's store made; put it into a module"
+                    f"parameter {name!r}: expected a parameter of a module, registered with `pyro.module`, "
+                    "got a `pyro.param` that no module owns; make it an attribute of a module "
+                    "(`nn.Parameter`, or `pyro.nn.PyroParam` with a constraint)"
                 )
         return result
 
     return run
+
+
+class _ModuleParameters(Messenger):
+    """Lets each parameter of a module stand for itself, and notes the others.
+
+    Pyro's store would copy those that are not contiguous in memory, so that the copies train, and
+    refuse those of lazy layers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: list[str] = []
+
+    def _pyro_param(self, msg: Any) -> None:
+        start = msg["args"][1] if len(msg["args"]) > 1 else None
+        by_module = module_from_param_with_module_name(msg["name"]) != msg["name"]  # `pyro.module` did it
+        if (by_module or isinstance(start, nn.Parameter)) and msg["kwargs"]["constraint"] is constraints.real:
+            msg["value"], msg["done"] = start, True
+        elif start is not None:
+            self.others.append(msg["name"])
 
 
 @contextmanager
@@ -86,14 +109,27 @@ def evaluating(*programs: Program) -> Iterator[None]:
 
 
 def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, Trace]:
-    """Run the guide, then the model on the guide's draws; return the model's and the guide's trace."""
+    """Run the guide, then the model on the guide's draws; return the model's and the guide's trace.
+
+    Raises:
+        ValueError: naming the site, if the model can't run on the guide's draws because the two
+            disagree on it.
+    """
+    guide_trace: Trace | None = None
     try:
         guide_trace = poutine.trace(in_own_store(guide)).get_trace(*batch)
         model_trace = poutine.trace(poutine.replay(in_own_store(model), trace=guide_trace)).get_trace(*batch)
     except (ValueError, RuntimeError) as error:
+        cause: BaseException = error
         if error.__cause__ is not None and "Trace Shapes" in str(error):
-            raise error.__cause__ from None  # without Pyro's table of all shapes
-        raise
+            cause = error.__cause__  # without Pyro's table of all shapes
+        if guide_trace is not None:
+            try:
+                alone = poutine.trace(in_own_store(model)).get_trace(*batch)
+            except (ValueError, RuntimeError):
+                raise cause from None
+            check_latents(alone, guide_trace)
+        raise cause from None
     return model_trace, guide_trace
 
 
@@ -147,6 +183,16 @@ def check_pair(model_trace: Trace, guide_trace: Trace, batch: tuple[Any, ...]) -
     observed = observed_sites(model_trace)
     if not observed:
         raise ValueError("model: expected an observed site (`obs=x`), found none")
+    check_latents(model_trace, guide_trace)
+    n = len(batch[0])
+    for name, site in (latent_sites(model_trace) | latent_sites(guide_trace) | observed).items():
+        size = data_plate_size(name, site)
+        if size != n:
+            raise ValueError(f"site {name!r}: expected a data plate of the batch's size {n}, got {size}")
+
+
+def check_latents(model_trace: Trace, guide_trace: Trace) -> None:
+    """Raise unless model and guide have the same latent sites with the same plates and shapes."""
     in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
     enumerated = {name for name, site in in_model.items() if site["infer"].get("enumerate")}
     auxiliary = {name for name, site in in_guide.items() if site["infer"].get("is_auxiliary")}
@@ -158,12 +204,12 @@ def check_pair(model_trace: Trace, guide_trace: Trace, batch: tuple[Any, ...]) -
         )
     for name in in_guide.keys() & in_model.keys():
         plates = [
-            sorted((f.name, f.size, f.dim) for f in site["cond_indep_stack"] if f.vectorized)
+            sorted((f.name, f.full_size, f.size, f.dim) for f in site["cond_indep_stack"] if f.vectorized)
             for site in (in_model[name], in_guide[name])
         ]
         if plates[0] != plates[1]:
             raise ValueError(
-                f"site {name!r}: model and guide disagree on plates (name, size, dim): "
+                f"site {name!r}: model and guide disagree on plates (name, size, subsample, dim): "
                 f"{plates[0]} in the model, {plates[1]} in the guide"
             )
         shapes = [
@@ -175,11 +221,6 @@ def check_pair(model_trace: Trace, guide_trace: Trace, batch: tuple[Any, ...]) -
                 f"site {name!r}: model and guide disagree on shapes (batch, event): "
                 f"{shapes[0]} in the model, {shapes[1]} in the guide"
             )
-    n = len(batch[0])
-    for name, site in (in_model | in_guide | observed).items():
-        size = data_plate_size(name, site)
-        if size != n:
-            raise ValueError(f"site {name!r}: expected a data plate of the batch's size {n}, got {size}")
 
 
 def data_plate_size(name: str, site: Site) -> int:

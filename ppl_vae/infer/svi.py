@@ -40,6 +40,7 @@ class SVI:
 
     Raises:
         TypeError: if ``optim`` or ``loss`` is none of these.
+        RuntimeError: if several processes of torch.distributed would each train a copy.
 
     Example:
         >>> from pyro.infer import Trace_ELBO
@@ -67,6 +68,12 @@ class SVI:
                 "optim: expected a torch optimiser, a function that makes one from parameters, "
                 f"or one of pyro.optim, got {optim!r}"
             )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if (ranks := torch.distributed.get_world_size()) > 1:
+                raise RuntimeError(
+                    f"SVI: expected one process, got {ranks}: each would go its own way; wrap "
+                    "`Objective(model, guide, loss)` in torch's DistributedDataParallel instead"
+                )
         self.objective = Objective(model, guide, loss)
         self.optim = optim
         self.clip_norm = None if clip_norm is None else check_positive("clip_norm", clip_norm)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceTMC_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -35,6 +35,7 @@ from ppl_vae.infer.running import (
     Program,
     batch_arguments,
     evaluating,
+    in_own_store,
     latent_sites,
     observed_sites,
     trace_pair,
@@ -146,6 +147,7 @@ def fit(
     elbo = Trace_ELBO() if elbo is None else elbo
     if not isinstance(elbo, ELBO):
         raise TypeError(f"elbo: expected an instance of pyro.infer.ELBO such as Trace_ELBO(), got {elbo!r}")
+    check_positive_int("elbo.num_particles", elbo.num_particles)
     if not callable(optimizer) or isinstance(optimizer, (Optimizer, pyro.optim.PyroOptim)):
         raise TypeError(
             "optimizer: expected a function that makes a torch optimiser, such as torch.optim.Adam, "
@@ -202,6 +204,7 @@ def fit(
         batch = first_batch(model, train, "data", batch_size, where)
         with running_on("data", batch):
             svi.setup(*batch)
+        _settle(elbo, model, guide, batch)
         observed = check_all(model, guide, train, "data", where)
         if held_out is not None:
             in_validation = check_all(model, guide, held_out, "validation", where)
@@ -212,9 +215,7 @@ def fit(
     made = svi.optim
     if not isinstance(made, Optimizer):
         raise TypeError(f"optimizer: expected it to make a torch optimiser, it made {made!r}")
-    schedule = None if scheduler is None else scheduler(made)
-    if scheduler is not None and not isinstance(schedule, (LRScheduler, ReduceLROnPlateau)):
-        raise TypeError(f"scheduler: expected it to make a torch scheduler, it made {schedule!r}")
+    schedule = None if scheduler is None else _make_scheduler(scheduler, made)
     training = _Training(
         svi=svi,
         optimizer=made,
@@ -236,6 +237,14 @@ def fit(
         raise
 
 
+def _settle(elbo: Any, model: Program, guide: Program, batch: tuple[Tensor, ...]) -> None:
+    """Let an estimator that guesses the number of plates do so now: in its first step the guess would draw."""
+    vectorized = elbo.vectorize_particles or isinstance(elbo, (TraceEnum_ELBO, TraceTMC_ELBO))
+    if vectorized and elbo.max_plate_nesting == math.inf:
+        with evaluating(model, guide):
+            elbo._guess_max_plate_nesting(in_own_store(model), in_own_store(guide), batch, {})
+
+
 def _make_optimizer(optimizer: OptimizerFactory, groups: list[dict[str, Any]]) -> Optimizer:
     name = getattr(getattr(optimizer, "func", optimizer), "__name__", repr(optimizer))
     try:
@@ -249,6 +258,16 @@ def _make_optimizer(optimizer: OptimizerFactory, groups: list[dict[str, Any]]) -
             raise ValueError(
                 f"optimizer: expected one that steps on given gradients, got {name}, which needs a closure"
             )
+    return made
+
+
+def _make_scheduler(scheduler: Callable[[Optimizer], Any], optimizer: Optimizer) -> Any:
+    try:
+        made = scheduler(optimizer)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"scheduler: can't be made for this optimiser: {error}") from error
+    if not isinstance(made, (LRScheduler, ReduceLROnPlateau)):
+        raise TypeError(f"scheduler: expected it to make a torch scheduler, it made {made!r}")
     return made
 
 
@@ -341,7 +360,11 @@ class _Training:
         if self.scheduler is not None:
             metric = record.get("validation_elbo", record["train_elbo"])
             plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-            self.scheduler.step(*([-metric] if plateau else []))
+            try:
+                self.scheduler.step(*([-metric] if plateau else []))
+            except ArithmeticError as error:
+                name = type(self.scheduler).__name__
+                raise ValueError(f"scheduler: {name} fails after epoch {epoch}: {error}") from error
         record |= {
             "learning_rate" if len(rates) == 1 or rates[0] == rates[-1] else f"learning_rate_{i}": float(rate)
             for i, rate in enumerate(rates)
@@ -366,7 +389,8 @@ class _Training:
             count += len(batch[0])
             for name, value in ({"loss": loss} | sums).items():
                 totals[name] = totals[name] + value if name in totals else value
-            losses.append(loss)
+            # Pyro's tail-adaptive estimator has gradients but no loss: it gives infinity
+            losses.append(torch.where(loss.isinf(), -sums["elbo"].to(loss), loss))
             bar.update()
             if step % CHECK_EVERY == 0:
                 self._check_losses(losses, epoch, step, snapshot)
@@ -442,7 +466,7 @@ class _Training:
                 for trace, role in zip(reversed(traces), ("guide", "model"), strict=True):
                     for name, site in (latent_sites(trace) | observed_sites(trace)).items():
                         log_prob = site["fn"].log_prob(site["value"])
-                        if not (site["value"].isfinite().all() and log_prob.isfinite().all()):
+                        if not (site["value"].isfinite().all() and log_prob.sum().isfinite()):
                             return f"at site {name!r} of the {role}"
                 break
         return "at no one site"
@@ -484,7 +508,7 @@ class _Training:
 
     def open_folder(self, *, overwrite: bool, resume: bool) -> None:
         """Create the run's folder, or take up the run that is in it."""
-        folder = self.run.path
+        folder, replaces = self.run.path, False
         if folder is None:
             return
         if folder.exists() and not folder.is_dir():
@@ -492,7 +516,8 @@ class _Training:
         # what a write was ended in counts for nothing
         leftovers = {saving.temporary(folder / name).name for name in saving.FILES}
         if folder.is_dir() and any(file.name not in leftovers for file in folder.iterdir()):
-            if not (folder / saving.CONFIG).is_file():
+            replaces = saving.is_run(folder)
+            if not (replaces or (resume and (folder / saving.CONFIG).is_file())):
                 raise FileExistsError(f"output: {folder} holds other files than a run; choose another folder")
             if resume:
                 self._resume(folder)
@@ -501,12 +526,12 @@ class _Training:
                 raise FileExistsError(
                     f"output: {folder} holds a run; set overwrite or resume, or choose another"
                 )
-            for name in (saving.CHECKPOINT, saving.MODEL, saving.HISTORY):
+            for name in (saving.CHECKPOINT, saving.MODEL, saving.HISTORY, saving.EVALUATION):
                 (folder / name).unlink(missing_ok=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             saving.write_config(folder, self.run.config)
-            self.made_folder = True
+            self.made_folder = not replaces
         except OSError as error:
             raise OSError(f"output: can't write to {folder}: {error.strerror}") from None
 

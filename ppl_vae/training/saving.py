@@ -28,6 +28,7 @@ CONFIG, MODEL, CHECKPOINT, HISTORY = (
     "checkpoint.safetensors",
     "history.csv",
 )
+EVALUATION = "evaluation.yaml"
 FILES = (CONFIG, MODEL, CHECKPOINT, HISTORY)
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_DATUM = 1 << 28  # numbers
@@ -65,7 +66,8 @@ class Run:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old or the new content, whatever ends the process."""
-    with open(temporary(path), "wb") as file:
+    temporary(path).unlink(missing_ok=True)  # "xb" follows no link that a stranger put there
+    with open(temporary(path), "xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -127,6 +129,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
     return settings
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether the folder holds a run, rather than another program's ``config.yaml``."""
+    try:
+        return "format" in read_yaml(folder / CONFIG)
+    except (OSError, ValueError):
+        return False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -255,6 +265,8 @@ def load_run(
     folder = Path(path)
     config = read_config(folder)
     tensors, state = read_tensors(folder / MODEL)
+    if strangers := sorted(name for name in tensors if not name.startswith(("model.", "guide."))):
+        raise ValueError(f"{folder / MODEL}: has tensors of neither model nor guide: {strangers[:3]}")
     programs: dict[str, Program] = {}
     for role, given in (("model", model), ("guide", guide)):
         if given is None:
@@ -271,7 +283,7 @@ def load_run(
     if not all(isinstance(program, nn.Module) for program in pair):
         _fill_functions(*pair, config, tensors, folder / MODEL, device)
     epoch = state.get("epoch") if isinstance(state, dict) else None
-    if not isinstance(epoch, int):
+    if type(epoch) is not int or epoch < 1:
         raise ValueError(f"{folder / MODEL}: expected the epoch in its header, got {state!r}")
     return Run(*pair, read_history(folder), epoch, config, folder)
 
