@@ -231,7 +231,7 @@ def test_float64_throughout(case: Case) -> None:
     piece = double(case)
     assert all(t.dtype == torch.float64 for t in piece.state_dict().values() if t.is_floating_point())
     if case in PRIORS:
-        assert piece().sample().dtype == torch.float64
+        assert piece().mean.dtype == piece().variance.dtype == piece().sample().dtype == torch.float64
     elif case in LIKELIHOODS:
         distribution = piece(torch.zeros(3, LATENT).double())
         assert distribution.sample().dtype == distribution.log_prob(case.data(3)).dtype == torch.float64

@@ -63,16 +63,10 @@ def known(piece: str) -> dict[str, Any]:
         for name in getattr(module, "__all__", dir(module)):
             made = getattr(module, name)
             if inspect.isclass(made) and issubclass(made, base) and made is not base:
-                found[name] = made
-    if piece in ("encoder", "decoder"):  # one gives features, the other an output of the data's shape
-        out_shapes = {
-            name: inspect.signature(made).parameters.get("out_shape") for name, made in found.items()
-        }
-        return {
-            name: found[name]
-            for name, out_shape in out_shapes.items()
-            if (out_shape is not None if piece == "decoder" else getattr(out_shape, "default", None) is None)
-        }
+                out_shape = inspect.signature(made).parameters.get("out_shape")
+                gives_features = out_shape is None or out_shape.default is None
+                if {"encoder": gives_features, "decoder": out_shape is not None}.get(piece, True):
+                    found[name] = made
     return found
 
 
@@ -155,30 +149,33 @@ def settings_of_pieces(chosen: Mapping[str, Any]) -> dict[str, Setting]:
 
 
 def build(
-    piece: str, chosen: Mapping[str, Any], options: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]
+    piece: str,
+    chosen: Mapping[str, Any],
+    options: Mapping[str, Mapping[str, Any]],
+    sizes: Mapping[str, Mapping[str, Any]],
 ) -> Any:
     """Build a piece of its settings, the data's sizes, and the pieces that are its arguments.
 
     Args:
         piece: which one.
-        chosen: the class of each piece.
+        chosen: the class or function of each piece.
         options: the settings of each piece.
-        sizes: for each piece the arguments that come from the data.
+        sizes: for each piece the arguments that come from the data and the number of latent dimensions.
 
     Raises:
         ValueError: naming the piece, if it can't be built.
     """
     made, given = chosen[piece], {}
+    if not inspect.isclass(made):
+        return made
     for name in arguments(made):
         if name in NESTED:
             given[name] = build(name, chosen, options, sizes)
         elif name in sizes[piece]:
             given[name] = sizes[piece][name]
-    if given.get("data_dim", ()) is None:
-        shape = ", ".join(map(str, sizes[piece]["x_shape"]))
-        raise ValueError(f"--{piece}: {made.__name__} takes data of shape [n, d], got [n, {shape}]")
-    if not inspect.isclass(made):
-        return made
+        elif name == "data_dim":
+            shape = ", ".join(map(str, sizes[piece]["x_shape"]))
+            raise ValueError(f"--{piece}: {made.__name__} takes data of shape [n, d], got [n, {shape}]")
     try:
         return made(**given, **options[piece])
     except (TypeError, ValueError, RuntimeError) as error:

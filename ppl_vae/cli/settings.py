@@ -1,4 +1,4 @@
-"""Settings: their names, types and help from signatures, their values from words and YAML files."""
+"""Settings: their names, types and help from signatures, their values from words and files."""
 
 import argparse
 import functools
@@ -6,17 +6,22 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser
 
+from ppl_vae._checks import did_you_mean
+
 REQUIRED = inspect.Parameter.empty
 BARE = object()  # a setting named without a value: true, if it is a switch
-_ANY = bool | int | float | list | dict | str | None
-_TYPE_NAMES = {bool: "[true|false]", int: "INT", float: "NUMBER", str: "TEXT", NoneType: "null"}
+PLAIN = bool | int | float | list | dict | str | None
+
+
+class Help(Exception):
+    """The help that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,13 @@ class Setting:
     """
 
     help: str
-    type: Any = str
+    type: Any = str | None
     default: Any = None
     group: str | None = None
     metavar: str | None = None
 
     def read(self, value: Any) -> Any:
-        """Return the value that a word of the command line or an entry of a file stands for.
+        """Return the value that a word, or an entry of a file, stands for.
 
         Raises:
             ValueError: if it is of another type.
@@ -46,6 +51,8 @@ class Setting:
         members = get_args(self.type) or (self.type,)
         if value is BARE and bool in members:
             return True
+        if value == "None" and NoneType in members:
+            return None
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--value", type=self.type)
         try:
@@ -53,9 +60,8 @@ class Setting:
         except ArgumentError:
             result = REQUIRED
         if result is REQUIRED or (result is None and NoneType not in members):
-            raise ValueError(
-                f"expected {_type_text(self.type)}, got {'no value' if value is BARE else repr(value)}"
-            )
+            got = "no value" if value is BARE else repr(value)
+            raise ValueError(f"expected {_type_text(self.type)}, got {got}")
         return result
 
 
@@ -86,7 +92,7 @@ def settings_of(
     return {
         prefix + name: Setting(
             _phrase(texts.get(name) or ""),
-            _plain_type(parameter.annotation, parameter.default) or _ANY,
+            _plain_type(parameter.annotation, parameter.default) or PLAIN,
             parameter.default,
             None if name in hide else group,
         )
@@ -101,14 +107,14 @@ def _plain_type(annotation: Any, default: Any = None) -> Any:
     Classes and callables are left out: jsonargparse would import what their values name.
     """
     if annotation is REQUIRED:
-        guessed = {bool: bool, int: int | float, float: float, str: str}
-        return guessed.get(type(default))
-    if annotation in _TYPE_NAMES or get_origin(annotation) is Literal:
+        guess = {bool: bool, int: int | float, float: float, str: str}
+        return guess.get(type(default))
+    if annotation in (bool, int, float, str, NoneType) or get_origin(annotation) is Literal:
         return annotation
-    origin, parts = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
     if origin not in (Union, UnionType, tuple, list, dict, Iterable, Sequence, Mapping):
         return None
-    inner = [_plain_type(part) for part in parts]
+    inner = [_plain_type(part) for part in get_args(annotation)]
     if origin in (Union, UnionType):
         plain = [part for part in inner if part is not None]
         return functools.reduce(operator.or_, plain) if plain else None
@@ -116,19 +122,9 @@ def _plain_type(annotation: Any, default: Any = None) -> Any:
 
 
 def _type_text(kind: Any) -> str:
-    if kind in _TYPE_NAMES:
-        return _TYPE_NAMES[kind]
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return "|".join(str(choice) for choice in inner)
-    if kind == _ANY:
-        return "VALUE"
-    texts = [_type_text(part) for part in inner]
-    if origin in (Union, UnionType):
-        return "|".join(texts)
-    if origin is tuple:
-        return f"[{', '.join(texts)}]"
-    return f"{{{texts[0]}: {texts[1]}}}" if len(texts) == 2 else f"[{texts[0]}, ...]"
+    if kind is bool:
+        return "true | false"
+    return re.sub(r"\w+\.", "", str(kind)) if get_args(kind) else kind.__name__
 
 
 def _phrase(description: str) -> str:
@@ -154,19 +150,10 @@ def format_help(usage: str, description: str, settings: Mapping[str, Setting]) -
         if default is REQUIRED:
             text += " (required)"
         elif default is not None:
-            text += f" (default: {_value_text(default)})"
-        groups[setting.group].add_argument(
-            f"--{name}",
-            metavar=setting.metavar or _type_text(setting.type),
-            help=text.replace("%", "%%").strip(),
-        )
+            text += f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+        metavar = setting.metavar or _type_text(setting.type)
+        groups[setting.group].add_argument(f"--{name}", metavar=metavar, help=text.replace("%", "%%").strip())
     return parser.format_help().rstrip()
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(list(value) if isinstance(value, tuple) else value)
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -190,24 +177,53 @@ def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return positional, named
 
 
-def flatten(settings: Mapping[str, Any], pieces: Collection[str]) -> dict[str, Any]:
-    """Return ``{"encoder": {"class": "MLP", "a": 1}}`` as ``{"encoder": "MLP", "encoder.a": 1}``."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key in pieces and isinstance(value, Mapping):
-            flat |= {key if name == "class" else f"{key}.{name}": entry for name, entry in value.items()}
-        else:
-            flat[str(key)] = value
-    return flat
+@dataclass(frozen=True)
+class Source:
+    """Settings by name, from the command line, from a file of the user's, or from a saved run.
+
+    Attributes:
+        values: words, or plain data.
+        prefix: what comes before a setting's name in an error.
+        trusted: whether what it names may be imported.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    prefix: str = "--"
+    trusted: bool = True
 
 
-def nest(flat: Mapping[str, Any], pieces: Collection[str]) -> dict[str, Any]:
-    """Undo ``flatten``."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        piece, dot, name = key.partition(".")
-        if piece in pieces:
-            nested.setdefault(piece, {})[name if dot else "class"] = value
-        else:
-            nested[key] = value
-    return nested
+class Given(dict[str, tuple[Any, Source]]):
+    """What several sources set, later ones winning: values as they were given, and by which source.
+
+    A source that sets another class than the ones before it ends the settings of their class.
+    """
+
+    def __init__(self, *sources: Source, defaults: Mapping[str, Any]) -> None:
+        super().__init__()
+        for source in sources:
+            for name, value in source.values.items():
+                if value != self.get(name, (defaults.get(name), source))[0]:
+                    for old in [old for old in self if old.startswith(f"{name}.")]:
+                        del self[old]
+            self.update({name: (value, source) for name, value in source.values.items()})
+
+    def value(self, name: str, setting: Setting) -> Any:
+        """Return the value of a setting, its default if nobody gave one."""
+        if name not in self:
+            if setting.default is REQUIRED:
+                raise ValueError(f"--{name}: expected a value, got none")
+            return setting.default
+        value, source = self[name]
+        try:
+            return setting.read(value)
+        except ValueError as error:
+            raise ValueError(f"{source.prefix}{name}: {error}") from None
+
+    def values_in(self, table: Mapping[str, Setting]) -> dict[str, Any]:
+        """Return the value of every setting of the table; a class's own defaults are left to the class."""
+        for name, (_, source) in self.items():
+            if name not in table:
+                near = did_you_mean(name, [n for n in table if ("." in n) == ("." in name)])
+                raise ValueError(f"{source.prefix}{name}: unknown setting{near}")
+        values = {name: self.value(name, setting) for name, setting in table.items()}
+        return {name: value for name, value in values.items() if name in self or "." not in name}

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from ppl_vae.data import Split, batches, check_data
-from ppl_vae.infer.running import Program, batch_arguments, check_support, evaluating, observed_sites, trace_pair
+from ppl_vae.infer.running import (
+    Program,
+    batch_arguments,
+    check_support,
+    evaluating,
+    observed_sites,
+    trace_pair,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Observation:
 
 
 def observations(model: Program, guide: Program, *batch: Tensor) -> list[Observation]:
-    """Return which tensors of the batch are observed as they are, at sites whose support is the same for all data."""
+    """Return which tensors of the batch are observed as they are, where the support is one for all data."""
     with evaluating(model, guide):
         model_trace, _ = trace_pair(model, guide, *batch)
     return [
@@ -101,7 +108,9 @@ def first_batch(model: Program, data: Any, name: str, size: int, device: torch.d
     return batch_arguments(model, batch, name)
 
 
-def check_all(model: Program, guide: Program, data: Any, name: str, device: torch.device) -> list[Observation]:
+def check_all(
+    model: Program, guide: Program, data: Any, name: str, device: torch.device
+) -> list[Observation]:
     """Raise if the pair can't run on the data, or if any datum of a ``Split`` is outside its site's support.
 
     Returns:
@@ -127,4 +136,6 @@ def running_on(name: str, batch: Sequence[Tensor]) -> Iterator[None]:
     except RuntimeError as error:
         shapes = ", ".join(f"{list(x.shape)} ({x.dtype})" for x in batch)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: model and guide can't run on a batch of shape {shapes}: {reason}") from error
+        raise ValueError(
+            f"{name}: model and guide can't run on a batch of shape {shapes}: {reason}"
+        ) from error

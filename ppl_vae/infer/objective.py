@@ -12,7 +12,6 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import StateDict
 from torch import Tensor, nn
 
-from ppl_vae.program import Program as LibraryProgram
 from ppl_vae.infer.running import (
     Program,
     calls_of_modules,
@@ -23,6 +22,7 @@ from ppl_vae.infer.running import (
     observed_sites,
     trace_pair,
 )
+from ppl_vae.program import Program as LibraryProgram
 
 
 class Objective(nn.Module):
@@ -200,9 +200,7 @@ def _registered_parameters(trace: poutine.Trace, constrained: Mapping[str, Any])
     return {name: constrained.get(name, site["value"]) for name, site in sites.items()}
 
 
-def _lasting_names(
-    registered: dict[str, nn.Parameter], ran: list[nn.Module]
-) -> dict[str, nn.Parameter]:
+def _lasting_names(registered: dict[str, nn.Parameter], ran: list[nn.Module]) -> dict[str, nn.Parameter]:
     """Return parameters by names that another process gives too: without the numbers of ``Program`` names."""
     programs = [module for module in ran if isinstance(module, LibraryProgram)]
     names = {}

@@ -1,9 +1,28 @@
 """The continuous Bernoulli likelihood for data in [0, 1]."""
 
+import math
+
 import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppl_vae.likelihoods._logits import event_dims, init_logit_bias
+
+
+class _StableContinuousBernoulli(dist.ContinuousBernoulli):
+    """A continuous Bernoulli whose density is right at any logit; torch's loses mass beyond 16."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        logits = self.logits
+        near_zero = logits.abs() < 0.1
+        square = torch.where(near_zero, logits, 0.0).square()
+        series = math.log(2) + torch.log1p(square / 12 - square**2 / 720 + square**3 / 30240)
+        away = torch.where(near_zero, 1.0, logits)
+        log_constant = torch.where(near_zero, series, (away / torch.tanh(away / 2)).log())
+        return value * logits - F.softplus(logits, threshold=40.0) + log_constant
 
 
 class ContinuousBernoulli(nn.Module):
@@ -33,7 +52,7 @@ class ContinuousBernoulli(nn.Module):
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         """Return the Distribution over x for ``z`` of shape ``[*batch, latent]``."""
         logits = self.decoder(z)
-        return dist.ContinuousBernoulli(logits=logits).to_event(event_dims(logits, z))
+        return _StableContinuousBernoulli(logits=logits).to_event(event_dims(logits, z))
 
     def init_bias(self, x: Tensor) -> None:
         r"""Start the decoder's output bias at the logit of the data mean.

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 import platform
+import shutil
 import time
 import warnings
 import zlib
@@ -238,7 +239,7 @@ def fit(
 
 
 def _settle(elbo: Any, model: Program, guide: Program, batch: tuple[Tensor, ...]) -> None:
-    """Let an estimator that guesses the number of plates do so now: in its first step the guess would draw."""
+    """Let an estimator that guesses the number of plates do so now: its first step would draw for it."""
     vectorized = elbo.vectorize_particles or isinstance(elbo, (TraceEnum_ELBO, TraceTMC_ELBO))
     if vectorized and elbo.max_plate_nesting == math.inf:
         with evaluating(model, guide):
@@ -357,6 +358,11 @@ class _Training:
         record |= {f"train_{name}": value for name, value in totals.items()}
         if self.validation is not None:
             record |= {f"validation_{name}": value for name, value in self._validate().items()}
+            if math.isnan(record["validation_elbo"]):
+                raise FloatingPointError(
+                    f"the validation ELBO became nan in epoch {epoch}, after its last step; the parameters "
+                    f"are those of epoch {epoch - 1}. Try a lower learning_rate or a clip_norm"
+                )
         if self.scheduler is not None:
             metric = record.get("validation_elbo", record["train_elbo"])
             plateau = isinstance(self.scheduler, ReduceLROnPlateau)
@@ -425,7 +431,7 @@ class _Training:
         if self.run.best_epoch and not elbo > self.best[0]:
             return self.run.best_epoch, self.best
         tensors = {k: v.detach().clone() for k, v in self.svi.objective.tensors().items()}
-        return epoch, (-math.inf if math.isnan(elbo) else elbo, tensors)
+        return epoch, (elbo, tensors)
 
     def _stopped_early(self, patience: int | None) -> bool:
         return patience is not None and len(self.run.history) - self.run.best_epoch >= patience > 0
@@ -449,8 +455,9 @@ class _Training:
             for name, parameter in parameters.items():
                 if not parameter.isfinite().all():
                     raise FloatingPointError(
-                        f"the parameter {role}.{name} became NaN or infinite in epoch {epoch}, by step {step}; "
-                        f"the parameters are those of epoch {epoch - 1}. Try a lower learning_rate or a clip_norm"
+                        f"the parameter {role}.{name} became NaN or infinite in epoch {epoch}, "
+                        f"by step {step}; the parameters are those of epoch {epoch - 1}. "
+                        "Try a lower learning_rate or a clip_norm"
                     )
 
     def _find_bad_site(self, epoch: int, bad_step: int, snapshot: dict[str, Any]) -> str:
@@ -543,6 +550,7 @@ class _Training:
         for name in saving.FILES:
             (folder / name).unlink(missing_ok=True)
             saving.temporary(folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         with contextlib.suppress(OSError):  # other files are the caller's
             folder.rmdir()
 
@@ -581,7 +589,6 @@ class _Training:
             saving.check_tensors(own, best, folder / saving.MODEL)
             self.best = (best_elbo, {k: v.to(self.device) for k, v in best.items()})
 
-
     def _check_optimizer_state(self) -> None:
         """Raise if the moments have other shapes than their parameters, which fused steps don't look at."""
         for group in self.optimizer.param_groups:
@@ -612,7 +619,9 @@ def _describe_data(data: Any) -> dict[str, Any]:
         "size": len(data),
         "checksum": f"{content:08x}",
         "dynamic": data.dynamic,
-        "labels": None if data.y is None else f"{zlib.crc32(data.y.cpu().contiguous().numpy().tobytes()):08x}",
+        "labels": None
+        if data.y is None
+        else f"{zlib.crc32(data.y.cpu().contiguous().numpy().tobytes()):08x}",
     }
 
 

@@ -358,6 +358,19 @@ def test_trainable_parameters_of_functions() -> None:
     assert list(model) == ["decoder$$$weight", "decoder$$$bias"]
 
 
+def test_names_of_programs_within_functions_are_those_of_another_process() -> None:
+    # A program's name in Pyro's store counts the programs of the process; a saved name must not.
+    names = []
+    for _ in range(2):
+        model, guide = vae_pair()
+        objective = Objective(lambda x, model=model: model(x), lambda x, guide=guide: guide(x), Trace_ELBO())
+        objective.setup(x_of())
+        held = [p for group in objective.trainable.values() for p in group.values()]
+        assert {id(p) for p in held} == {id(p) for p in (*model.parameters(), *guide.parameters())}
+        names.append([list(group) for group in objective.trainable.values()])
+    assert names[0] == names[1]
+
+
 def test_parameters_that_both_use_are_the_models() -> None:
     shared = nn.Linear(3, 3).double()
 

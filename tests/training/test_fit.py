@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import (
-    ReweightedWakeSleep,
     RenyiELBO,
+    ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
+from pyro.util import get_rng_state
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -145,7 +145,9 @@ CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 
 def test_each_epoch_has_a_record_of_all_parts() -> None:
     run = fit(*linear_pair(), linear_data(), validation=linear_data(70, seed=1), epochs=3, **QUIET)
-    sides = [f"{side}_{part}" for side in ("train", "validation") for part in ("elbo", "reconstruction", "kl_z")]
+    sides = [
+        f"{side}_{part}" for side in ("train", "validation") for part in ("elbo", "reconstruction", "kl_z")
+    ]
     assert [record["epoch"] for record in run.history] == [1, 2, 3]
     for record in run.history:
         assert set(record) == {"epoch", "train_loss", *sides, "learning_rate", "seconds"}
@@ -166,7 +168,7 @@ def test_without_validation_the_record_has_the_training_parts_alone() -> None:
 
 
 def test_records_are_means_in_nats_per_datum() -> None:
-    """With the exact posterior as guide each draw's log weight is log p(x): the records are its mean, exactly.
+    """With the exact posterior as guide each draw's log weight is log p(x): the records are its mean.
 
     The last batch has 30 data and the others 50, so that a mean of the batches' means differs.
     """
@@ -332,7 +334,9 @@ def labelled_pair(seen: list[int]) -> tuple[Callable, Callable]:
     return model, guide
 
 
-@pytest.mark.parametrize("wrap", [Split, lambda x, y: (x, y), TensorDataset], ids=["split", "tuple", "dataset"])
+@pytest.mark.parametrize(
+    "wrap", [Split, lambda x, y: (x, y), TensorDataset], ids=["split", "tuple", "dataset"]
+)
 @pytest.mark.parametrize("load", [False, True])
 def test_programs_of_x_and_y_get_each_datum_with_its_label(wrap: Callable, load: bool) -> None:
     y = torch.arange(120) % 7
@@ -389,7 +393,9 @@ def test_all_forms_of_data_in_memory_train_alike(wrap: Callable) -> None:
     assert run.history[-1]["validation_elbo"] == plain.history[-1]["validation_elbo"]
 
 
-@pytest.mark.parametrize("wrap", [functools.partial(DataLoader, batch_size=50), Stream], ids=["loader", "stream"])
+@pytest.mark.parametrize(
+    "wrap", [functools.partial(DataLoader, batch_size=50), Stream], ids=["loader", "stream"]
+)
 def test_loaders_train_on_their_own_batches(wrap: Callable) -> None:
     x = linear_data(130)
     sizes: list[int] = []
@@ -430,7 +436,15 @@ def test_loader_in_order_equals_the_steps_on_its_batches() -> None:
 def test_any_elbo_of_pyro_trains_and_records_the_parts(elbo: Any) -> None:
     pair = linear_pair()
     before = values(*pair)
-    run = fit(*pair, linear_data(), validation=linear_data(60, seed=1), elbo=elbo, epochs=5, learning_rate=0.01, **QUIET)
+    run = fit(
+        *pair,
+        linear_data(),
+        validation=linear_data(60, seed=1),
+        elbo=elbo,
+        epochs=5,
+        learning_rate=0.01,
+        **QUIET,
+    )
     first, last = run.history[0], run.history[-1]
     assert last["train_elbo"] == pytest.approx(last["train_reconstruction"] - last["train_kl_z"], rel=1e-5)
     assert last["validation_elbo"] > first["validation_elbo"]
@@ -544,7 +558,10 @@ def test_learning_rates_of_model_and_guide_are_separate(role: str) -> None:
     before = {key: values(program) for key, program in pair.items()}
     still = {role: 0.1, other: 1e-30}
     run = fit(pair["model"], pair["guide"], linear_data(), learning_rate=still, epochs=1, **QUIET)
-    moved = {key: max(float((a - b).abs().max()) for a, b in zip(before[key], values(pair[key]), strict=True)) for key in pair}
+    moved = {
+        key: max(float((a - b).abs().max()) for a, b in zip(before[key], values(pair[key]), strict=True))
+        for key in pair
+    }
     assert moved[other] < 1e-28 and moved[role] > 0.01
     record = run.history[0]
     assert (record["learning_rate_0"], record["learning_rate_1"]) == (still["model"], still["guide"])
@@ -566,7 +583,12 @@ def test_clip_norm_bounds_the_step() -> None:
 
 def test_the_step_does_not_grow_with_the_batch() -> None:
     x = linear_data(100).double()
-    options: dict[str, Any] = {"optimizer": torch.optim.SGD, "learning_rate": 0.01, "epochs": 3, "progress": False}
+    options: dict[str, Any] = {
+        "optimizer": torch.optim.SGD,
+        "learning_rate": 0.01,
+        "epochs": 3,
+        "progress": False,
+    }
     once = fit(*delta_pair(), x, batch_size=100, **options)
     twice = fit(*delta_pair(), torch.cat([x, x]), batch_size=200, **options)
     for a, b in zip(values(once.model, once.guide), values(twice.model, twice.guide), strict=True):
@@ -686,7 +708,9 @@ def test_ctrl_c_in_a_callback_keeps_the_finished_epoch(tmp_path: Path) -> None:
 
     expected = fit(*linear_pair(), linear_data(), epochs=2, **QUIET)
     with pytest.warns(UserWarning, match="interrupted: 2 of 9 epochs finished"):
-        run = fit(*linear_pair(), linear_data(), epochs=9, callbacks=[interrupt], output=tmp_path / "r", **QUIET)
+        run = fit(
+            *linear_pair(), linear_data(), epochs=9, callbacks=[interrupt], output=tmp_path / "r", **QUIET
+        )
     assert run.interrupted and len(run.history) == 2
     assert equal(values(run.model, run.guide), values(expected.model, expected.guide))
     assert len(load_run(tmp_path / "r").history) == 2
@@ -696,7 +720,7 @@ def test_ctrl_c_in_a_callback_keeps_the_finished_epoch(tmp_path: Path) -> None:
 def test_ctrl_c_while_saving_keeps_memory_and_folder_alike(
     tmp_path: Path, write: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C comes with each of the writes of two epochs: settings, then model, history, checkpoint of each."""
+    """Ctrl-C comes with each of the writes: settings, then model, history and checkpoint of two epochs."""
     count = 0
     replace = os.replace
 
@@ -765,12 +789,21 @@ def test_a_loss_that_turns_nan_names_epoch_step_and_site(tmp_path: Path, batch_s
             progress=False,
         )
     message = str(caught.value)
-    assert re.search(r"^the loss became (nan|-?inf) in epoch 3, step 2, at site '[xz]' of the (model|guide)", message)
+    assert re.search(
+        r"^the loss became (nan|-?inf) in epoch 3, step 2, at site '[xz]' of the (model|guide)", message
+    )
     assert "those of epoch 2" in message and "\n" not in message
     assert len(kept) == 2 and equal(values(*pair), kept[-1])
     run = load_run(tmp_path / "run")
     assert equal(values(run.model, run.guide), kept[-1]) and len(run.history) == 2
-    again = fit(*linear_pair(), linear_data(120), **same_as_saved(batch_size), epochs=2, resume=True, output=tmp_path / "run")
+    again = fit(
+        *linear_pair(),
+        linear_data(120),
+        **same_as_saved(batch_size),
+        epochs=2,
+        resume=True,
+        output=tmp_path / "run",
+    )
     assert equal(values(again.model, again.guide), kept[-1])
 
 
@@ -785,7 +818,7 @@ def same_as_saved(batch_size: int) -> dict[str, Any]:
 
 
 class Fragile(nn.Module):
-    """A model or guide of one number a, with scale 2 = sqrt(a), which both would have smaller: NaN below 0."""
+    """A model or guide with the scale sqrt(a), from 2, which both would have smaller: NaN for a below 0."""
 
     def __init__(self, site: str) -> None:
         super().__init__()
@@ -823,7 +856,9 @@ def test_parameters_that_end_an_epoch_as_no_numbers_are_not_kept(tmp_path: Path)
     """One step per epoch: the loss of the burst's epoch is still a number, what it leaves is not."""
     pair = linear_pair()
     kept: list[list[Tensor]] = []
-    with pytest.raises(FloatingPointError, match=r"the parameter model\.\w+ became .* in epoch 3, by step 1; .*epoch 2"):
+    with pytest.raises(
+        FloatingPointError, match=r"the parameter model\.\w+ became .* in epoch 3, by step 1; .*epoch 2"
+    ):
         fit(
             *pair,
             linear_data(40),
@@ -867,15 +902,15 @@ def test_validation_data_of_no_density_still_leave_a_saved_run(tmp_path: Path) -
 
 
 def random_states() -> tuple:
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return torch.get_rng_state().tolist(), random.getstate(), (name, keys.tolist(), *rest)
+    states = get_rng_state()
+    name, keys, *rest = states["numpy"]
+    return states["torch"].tolist(), states["random"], (name, keys.tolist(), *rest)
 
 
 def test_the_callers_random_streams_are_as_before() -> None:
     pair = linear_pair()
     x = linear_data()
     random.random()
-    np.random.rand()
     before = random_states()
     fit(*pair, x, validation=x, epochs=2, **QUIET)
     assert random_states() == before
@@ -945,7 +980,9 @@ def test_float64_programs_train_in_float64() -> None:
     model, guide = linear_pair()
     model.double()
     guide.double()
-    run = fit(model, guide, linear_data().double(), validation=linear_data(20, seed=1).double(), epochs=2, **QUIET)
+    run = fit(
+        model, guide, linear_data().double(), validation=linear_data(20, seed=1).double(), epochs=2, **QUIET
+    )
     assert all(v.dtype == torch.float64 for v in values(run.model, run.guide))
 
 
@@ -974,7 +1011,9 @@ def test_validation_uses_no_dropout_and_changes_no_buffer() -> None:
     record = fit(with_it.model, with_it.guide, x, validation=x, epochs=1, **AT_REST, **QUIET).history[0]
     with_it.guide.eval()
     quiet = fit(with_it.model, with_it.guide, x, validation=x, epochs=1, **AT_REST, **QUIET).history[0]
-    assert abs(record["validation_elbo"] - quiet["validation_elbo"]) < 0.5 * abs(record["train_elbo"] - quiet["train_elbo"])
+    assert abs(record["validation_elbo"] - quiet["validation_elbo"]) < 0.5 * abs(
+        record["train_elbo"] - quiet["train_elbo"]
+    )
 
 
 # -- what it refuses ---------------------------------------------------------------------------------
@@ -983,7 +1022,9 @@ def test_validation_uses_no_dropout_and_changes_no_buffer() -> None:
 class Prior(nn.Module):
     """A model or guide over latent sites of given sizes, plate and names."""
 
-    def __init__(self, *, observed: bool, sites: dict[str, int], plate: int = 0, scalar: bool = False) -> None:
+    def __init__(
+        self, *, observed: bool, sites: dict[str, int], plate: int = 0, scalar: bool = False
+    ) -> None:
         super().__init__()
         self.observed, self.sites, self.plate, self.scalar = observed, sites, plate, scalar
         self.weight = nn.Parameter(torch.zeros(()))
@@ -1019,90 +1060,173 @@ def labelled() -> tuple[Callable, Callable]:
     return labelled_pair([])
 
 
-REFUSED: dict[str, tuple[Callable, dict[str, Any], type[Exception], str]] = {
-    "nan": (linear_pair, {"data": with_value(X, 57, NAN)}, ValueError, r"^data: .*finite.* 1 NaN .*row 57"),
-    "infinite": (linear_pair, {"data": with_value(X, 57, INF)}, ValueError, "^data: .*finite.*row 57"),
-    "nan in validation": (linear_pair, {"data": X, "validation": with_value(X, 3, NAN)}, ValueError, "^validation: .*row 3"),
-    "nan in a loader": (linear_pair, {"data": DataLoader(TensorDataset(with_value(X, 57, NAN)), 20)}, ValueError, "^data, batch 3: .*finite.*row 17"),
-    "nan in a validation loader": (linear_pair, {"data": X, "validation": DataLoader(TensorDataset(with_value(X, 57, NAN)), 20)}, ValueError, "^validation, batch 3: .*row 17"),
-    "grey": (image_pair, {"data": with_value(BITS, 0, 0.5)}, ValueError, r"^data: datum 0 .*site 'x'.*binarise.*ContinuousBernoulli"),
-    "grey later": (image_pair, {"data": with_value(BITS, 57, 0.5)}, ValueError, "^data: datum 57 .*site 'x'"),
-    "grey in validation": (image_pair, {"data": BITS, "validation": with_value(BITS, 57, 0.5)}, ValueError, "^validation: datum 57"),
-    "grey in a loader": (image_pair, {"data": DataLoader(TensorDataset(with_value(BITS, 57, 0.5)), 20)}, ValueError, "^data, batch 3: datum 17"),
-    "grey in a validation loader": (image_pair, {"data": BITS, "validation": DataLoader(TensorDataset(with_value(BITS, 57, 0.5)), 20)}, ValueError, "^validation, batch 3: datum 17"),
-    "grey in a tutorial's model": (lambda: (TutorialVAE().model, TutorialVAE().guide), {"data": with_value(BITS, 57, 0.5)}, ValueError, "^data: datum 57 .*site 'obs'"),
-    "above 1": (grey_pair, {"data": OUTSIDE}, ValueError, r"^data: datum 57 .* from 0 to 1\.5"),
-    "below 0": (grey_pair, {"data": with_value(BITS, 57, -0.5)}, ValueError, r"^data: datum 57 .* from -0\.5"),
-    "dynamic above 1": (image_pair, {"data": Split(OUTSIDE, dynamic=True)}, ValueError, r"^data: .*\[0, 1\].*1\.5.*row 57"),
-    "dynamic above 1 at once": (image_pair, {"data": Split(with_value(BITS, 0, 1.5), dynamic=True)}, ValueError, r"^data: .*\[0, 1\].*row 0"),
-    "image size": (image_pair, {"data": torch.zeros(20, 1, 5, 5)}, ValueError, r"4, 4.*5, 5"),
-    "image size of a plain network": (lambda: (TutorialVAE().model, TutorialVAE().guide), {"data": torch.zeros(20, 5)}, ValueError, r"^data: .*batch of shape \[20, 5\]"),
-    "image size in validation": (image_pair, {"data": BITS, "validation": torch.zeros(20, 1, 5, 5)}, ValueError, "^validation: .*4, 4.*5, 5"),
-    "image size in a validation loader": (image_pair, {"data": BITS, "validation": DataLoader(TensorDataset(torch.zeros(20, 1, 5, 5)), 5)}, ValueError, "^validation: .*4, 4.*5, 5"),
-    "float64 data": (linear_pair, {"data": X.double()}, ValueError, r"^data: .*\[50, 5\] \(torch\.float64\)"),
-    "integers": (linear_pair, {"data": torch.ones(20, 5, dtype=torch.int64)}, TypeError, "^data: .*floating-point.*int64"),
-    "empty": (linear_pair, {"data": X[:0]}, ValueError, r"^data: .*above 0, got \[0, 5\]"),
-    "empty validation": (linear_pair, {"data": X, "validation": X[:0]}, ValueError, "^validation: "),
-    "empty loader": (linear_pair, {"data": DataLoader(TensorDataset(X), 200, drop_last=True)}, ValueError, "^data: .*got none"),
-    "empty validation loader": (linear_pair, {"data": X, "validation": DataLoader(TensorDataset(X), 200, drop_last=True)}, ValueError, "^validation: .*got none"),
-    "no data": (linear_pair, {"data": None}, TypeError, "^data: expected .*NoneType"),
-    "data by name": (linear_pair, {"data": "digits"}, TypeError, "^data: expected .*str"),
-    "labels missing": (labelled, {"data": X}, TypeError, r"^data: .*\['x', 'y'\], got 1.*labels"),
-    "labels missing in validation": (labelled, {"data": (X.round(), X[:, 0].round().long()), "validation": X}, TypeError, "^validation: .*labels"),
-    "epochs 0": (linear_pair, {"data": X, "epochs": 0}, ValueError, "^epochs: .*above 0, got 0"),
-    "epochs -1": (linear_pair, {"data": X, "epochs": -1}, ValueError, "^epochs: .*got -1"),
-    "epochs 1.5": (linear_pair, {"data": X, "epochs": 1.5}, TypeError, "^epochs: .*got 1.5"),
-    "batch_size 0": (linear_pair, {"data": X, "batch_size": 0}, ValueError, "^batch_size: .*got 0"),
-    "batch_size -5": (linear_pair, {"data": X, "batch_size": -5}, ValueError, "^batch_size: .*got -5"),
-    "learning_rate 0": (linear_pair, {"data": X, "learning_rate": 0.0}, ValueError, "^learning_rate: .*got 0"),
-    "learning_rate negative": (linear_pair, {"data": X, "learning_rate": -1.0}, ValueError, "^learning_rate: .*got -1"),
-    "learning_rate nan": (linear_pair, {"data": X, "learning_rate": NAN}, ValueError, "^learning_rate: .*got nan"),
-    "learning_rate of the guide": (linear_pair, {"data": X, "learning_rate": {"model": 1e-3, "guide": 0}}, ValueError, r"^learning_rate\['guide'\]: .*got 0"),
-    "learning_rate of one": (linear_pair, {"data": X, "learning_rate": {"model": 1e-3}}, ValueError, "^learning_rate: .*'guide'.*got {'model'"),
-    "learning_rate text": (linear_pair, {"data": X, "learning_rate": "fast"}, TypeError, "^learning_rate: .*got 'fast'"),
-    "clip_norm 0": (linear_pair, {"data": X, "clip_norm": 0}, ValueError, "^clip_norm: .*got 0"),
-    "clip_norm negative": (linear_pair, {"data": X, "clip_norm": -2.0}, ValueError, "^clip_norm: .*got -2"),
-    "patience 0": (linear_pair, {"data": X, "validation": X, "patience": 0}, ValueError, "^patience: .*got 0"),
-    "patience negative": (linear_pair, {"data": X, "validation": X, "patience": -1}, ValueError, "^patience: .*got -1"),
-    "patience alone": (linear_pair, {"data": X, "patience": 3}, ValueError, "^patience: expected validation data.*got validation=None"),
-    "seed": (linear_pair, {"data": X, "seed": -1}, ValueError, "^seed: .*got -1"),
-    "seed 0.5": (linear_pair, {"data": X, "seed": 0.5}, TypeError, "^seed: .*got 0.5"),
-    "device": (linear_pair, {"data": X, "device": "gpu"}, ValueError, "^device: expected 'cpu'.*got 'gpu'"),
-    "device of another kind": (linear_pair, {"data": X, "device": "meta"}, ValueError, "^device: .*this machine, got 'meta'"),
-    "device far away": (linear_pair, {"data": X, "device": "cuda:99"}, ValueError, "^device: .*got 'cuda:99'; it has [0-9]+ CUDA"),
-    "elbo by class": (linear_pair, {"data": X, "elbo": Trace_ELBO}, TypeError, r"^elbo: .*Trace_ELBO\(\), got <class"),
-    "elbo": (linear_pair, {"data": X, "elbo": 3}, TypeError, "^elbo: .*got 3"),
-    "optimizer made": (linear_pair, {"data": X, "optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])}, TypeError, "^optimizer: .*function.*got SGD"),
-    "optimizer of pyro": (linear_pair, {"data": X, "optimizer": pyro.optim.Adam({"lr": 1})}, TypeError, "^optimizer: .*function.*got <pyro"),
-    "optimizer by name": (linear_pair, {"data": X, "optimizer": "Adam"}, TypeError, "^optimizer: .*got 'Adam'"),
-    "optimizer of nothing": (linear_pair, {"data": X, "optimizer": lambda groups: None}, TypeError, "^optimizer: .*it made None"),
-    "lbfgs": (linear_pair, {"data": X, "optimizer": torch.optim.LBFGS}, ValueError, "^optimizer: LBFGS"),
-    "lbfgs alone": (linear_pair, {"data": X, "optimizer": lambda groups: torch.optim.LBFGS(groups[0]["params"])}, ValueError, "^optimizer: .*closure"),
-    "scheduler": (linear_pair, {"data": X, "scheduler": 3}, TypeError, "^scheduler: .*got 3"),
-    "scheduler of nothing": (linear_pair, {"data": X, "scheduler": lambda optimizer: None}, TypeError, "^scheduler: .*it made None"),
-    "one callback": (linear_pair, {"data": X, "callbacks": print}, TypeError, "^callbacks: expected a sequence"),
-    "callback": (linear_pair, {"data": X, "callbacks": [3]}, TypeError, r"^callbacks: .*got \[3\]"),
-    "model": (lambda: (None, proposal()), {"data": X}, TypeError, "^model: .*got None"),
-    "guide": (lambda: (prior(), 3), {"data": X}, TypeError, "^guide: .*got 3"),
-    "site missing": (lambda: (prior(z1=2, z2=2), proposal(z1=2)), {"data": X}, ValueError, r"^guide: lacks .*\['z2'\].*\['z1'\]"),
-    "site too many": (lambda: (prior(z=2), proposal(z=2, w=1)), {"data": X}, ValueError, r"^guide: .*\['w'\].*\['z'\]"),
-    "site shapes": (lambda: (prior(z=2), proposal(z=3)), {"data": X}, ValueError, r"^site 'z': .*shapes.*\(2,\).*in the model.*\(3,\).*in the guide"),
-    "site events": (lambda: (prior(z=2), proposal(scalar=True, z=2)), {"data": X}, ValueError, "^site 'z': .*shapes"),
-    "site plates": (lambda: (prior(z=2), proposal(plate=1, z=2)), {"data": X}, ValueError, "^site 'z': .*plates.*50.*51"),
-    "nothing observed": (lambda: (proposal(z=2), proposal(z=2)), {"data": X}, ValueError, "^model: expected an observed site"),
-}  # fmt: skip
+class Refused:
+    """A call with one thing wrong."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        pair: Callable = linear_pair,
+        kind: type[Exception] = ValueError,
+        **arguments: Any,
+    ) -> None:
+        self.message, self.pair, self.kind = message, pair, kind
+        self.arguments: dict[str, Any] = {"data": X, **QUIET, **arguments}
+
+
+REFUSED: dict[str, Refused] = {
+    "nan": Refused(r"^data: .*finite.* 1 NaN .*row 57", data=with_value(X, 57, NAN)),
+    "infinite": Refused("^data: .*finite.*row 57", data=with_value(X, 57, INF)),
+    "nan in validation": Refused("^validation: .*row 3", validation=with_value(X, 3, NAN)),
+    "nan in a loader": Refused(
+        "^data, batch 3: .*finite.*row 17", data=DataLoader(TensorDataset(with_value(X, 57, NAN)), 20)
+    ),
+    "nan in a validation loader": Refused(
+        "^validation, batch 3: .*row 17", validation=DataLoader(TensorDataset(with_value(X, 57, NAN)), 20)
+    ),
+    "grey": Refused(
+        r"^data: datum 0 .*site 'x'.*binarise.*ContinuousBernoulli",
+        pair=image_pair,
+        data=with_value(BITS, 0, 0.5),
+    ),
+    "grey later": Refused("^data: datum 57 .*site 'x'", pair=image_pair, data=with_value(BITS, 57, 0.5)),
+    "grey in validation": Refused(
+        "^validation: datum 57", pair=image_pair, data=BITS, validation=with_value(BITS, 57, 0.5)
+    ),
+    "grey in a loader": Refused(
+        "^data, batch 3: datum 17",
+        pair=image_pair,
+        data=DataLoader(TensorDataset(with_value(BITS, 57, 0.5)), 20),
+    ),
+    "grey in a validation loader": Refused(
+        "^validation, batch 3: datum 17",
+        pair=image_pair,
+        data=BITS,
+        validation=DataLoader(TensorDataset(with_value(BITS, 57, 0.5)), 20),
+    ),
+    "grey in a tutorial's model": Refused(
+        "^data: datum 57 .*site 'obs'",
+        pair=lambda: (TutorialVAE().model, TutorialVAE().guide),
+        data=with_value(BITS, 57, 0.5),
+    ),
+    "above 1": Refused(r"^data: datum 57 .* from 0 to 1\.5", pair=grey_pair, data=OUTSIDE),
+    "below 0": Refused(r"^data: datum 57 .* from -0\.5", pair=grey_pair, data=with_value(BITS, 57, -0.5)),
+    "dynamic above 1": Refused(
+        r"^data: .*\[0, 1\].*1\.5.*row 57", pair=image_pair, data=Split(OUTSIDE, dynamic=True)
+    ),
+    "dynamic above 1 at once": Refused(
+        r"^data: .*\[0, 1\].*row 0", pair=image_pair, data=Split(with_value(BITS, 0, 1.5), dynamic=True)
+    ),
+    "image size": Refused(r"4, 4.*5, 5", pair=image_pair, data=torch.zeros(20, 1, 5, 5)),
+    "image size of a plain network": Refused(
+        r"^data: .*batch of shape \[20, 5\]",
+        pair=lambda: (TutorialVAE().model, TutorialVAE().guide),
+        data=torch.zeros(20, 5),
+    ),
+    "image size in validation": Refused(
+        "^validation: .*4, 4.*5, 5", pair=image_pair, data=BITS, validation=torch.zeros(20, 1, 5, 5)
+    ),
+    "image size in a validation loader": Refused(
+        "^validation: .*4, 4.*5, 5",
+        pair=image_pair,
+        data=BITS,
+        validation=DataLoader(TensorDataset(torch.zeros(20, 1, 5, 5)), 5),
+    ),
+    "float64 data": Refused(r"^data: .*\[50, 5\] \(torch\.float64\)", data=X.double()),
+    "integers": Refused(
+        "^data: .*floating-point.*int64", kind=TypeError, data=torch.ones(20, 5, dtype=torch.int64)
+    ),
+    "empty": Refused(r"^data: .*above 0, got \[0, 5\]", data=X[:0]),
+    "empty validation": Refused("^validation: ", validation=X[:0]),
+    "empty loader": Refused("^data: .*got none", data=DataLoader(TensorDataset(X), 200, drop_last=True)),
+    "empty validation loader": Refused(
+        "^validation: .*got none", validation=DataLoader(TensorDataset(X), 200, drop_last=True)
+    ),
+    "no data": Refused("^data: expected .*NoneType", kind=TypeError, data=None),
+    "data by name": Refused("^data: expected .*str", kind=TypeError, data="digits"),
+    "labels missing": Refused(r"^data: .*\['x', 'y'\], got 1.*labels", pair=labelled, kind=TypeError),
+    "labels missing in validation": Refused(
+        "^validation: .*labels",
+        pair=labelled,
+        kind=TypeError,
+        data=(X.round(), X[:, 0].round().long()),
+        validation=X,
+    ),
+    "epochs 0": Refused("^epochs: .*above 0, got 0", epochs=0),
+    "epochs -1": Refused("^epochs: .*got -1", epochs=-1),
+    "epochs 1.5": Refused("^epochs: .*got 1.5", kind=TypeError, epochs=1.5),
+    "batch_size 0": Refused("^batch_size: .*got 0", batch_size=0),
+    "batch_size -5": Refused("^batch_size: .*got -5", batch_size=-5),
+    "learning_rate 0": Refused("^learning_rate: .*got 0", learning_rate=0.0),
+    "learning_rate negative": Refused("^learning_rate: .*got -1", learning_rate=-1.0),
+    "learning_rate nan": Refused("^learning_rate: .*got nan", learning_rate=NAN),
+    "learning_rate of the guide": Refused(
+        r"^learning_rate\['guide'\]: .*got 0", learning_rate={"model": 1e-3, "guide": 0}
+    ),
+    "learning_rate of one": Refused("^learning_rate: .*'guide'.*got {'model'", learning_rate={"model": 1e-3}),
+    "learning_rate text": Refused("^learning_rate: .*got 'fast'", kind=TypeError, learning_rate="fast"),
+    "clip_norm 0": Refused("^clip_norm: .*got 0", clip_norm=0),
+    "clip_norm negative": Refused("^clip_norm: .*got -2", clip_norm=-2.0),
+    "patience 0": Refused("^patience: .*got 0", validation=X, patience=0),
+    "patience negative": Refused("^patience: .*got -1", validation=X, patience=-1),
+    "patience alone": Refused("^patience: expected validation data.*got validation=None", patience=3),
+    "seed": Refused("^seed: .*got -1", seed=-1),
+    "seed 0.5": Refused("^seed: .*got 0.5", kind=TypeError, seed=0.5),
+    "device": Refused("^device: expected 'cpu'.*got 'gpu'", device="gpu"),
+    "device of another kind": Refused("^device: .*this machine, got 'meta'", device="meta"),
+    "device far away": Refused("^device: .*got 'cuda:99'; it has [0-9]+ CUDA", device="cuda:99"),
+    "elbo by class": Refused(r"^elbo: .*Trace_ELBO\(\), got <class", kind=TypeError, elbo=Trace_ELBO),
+    "elbo": Refused("^elbo: .*got 3", kind=TypeError, elbo=3),
+    "optimizer made": Refused(
+        "^optimizer: .*function.*got SGD",
+        kind=TypeError,
+        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))]),
+    ),
+    "optimizer of pyro": Refused(
+        "^optimizer: .*function.*got <pyro", kind=TypeError, optimizer=pyro.optim.Adam({"lr": 1})
+    ),
+    "optimizer by name": Refused("^optimizer: .*got 'Adam'", kind=TypeError, optimizer="Adam"),
+    "optimizer of nothing": Refused(
+        "^optimizer: .*it made None", kind=TypeError, optimizer=lambda groups: None
+    ),
+    "lbfgs": Refused("^optimizer: LBFGS", optimizer=torch.optim.LBFGS),
+    "lbfgs alone": Refused(
+        "^optimizer: .*closure", optimizer=lambda groups: torch.optim.LBFGS(groups[0]["params"])
+    ),
+    "scheduler": Refused("^scheduler: .*got 3", kind=TypeError, scheduler=3),
+    "scheduler of nothing": Refused(
+        "^scheduler: .*it made None", kind=TypeError, scheduler=lambda optimizer: None
+    ),
+    "one callback": Refused("^callbacks: expected a sequence", kind=TypeError, callbacks=print),
+    "callback": Refused(r"^callbacks: .*got \[3\]", kind=TypeError, callbacks=[3]),
+    "model": Refused("^model: .*got None", pair=lambda: (None, proposal()), kind=TypeError),
+    "guide": Refused("^guide: .*got 3", pair=lambda: (prior(), 3), kind=TypeError),
+    "site missing": Refused(
+        r"^guide: lacks .*\['z2'\].*\['z1'\]", pair=lambda: (prior(z1=2, z2=2), proposal(z1=2))
+    ),
+    "site too many": Refused(r"^guide: .*\['w'\].*\['z'\]", pair=lambda: (prior(z=2), proposal(z=2, w=1))),
+    "site shapes": Refused(
+        r"^site 'z': .*shapes.*\(2,\).*in the model.*\(3,\).*in the guide",
+        pair=lambda: (prior(z=2), proposal(z=3)),
+    ),
+    "site events": Refused("^site 'z': .*shapes", pair=lambda: (prior(z=2), proposal(scalar=True, z=2))),
+    "site plates": Refused("^site 'z': .*plates.*50.*51", pair=lambda: (prior(z=2), proposal(plate=1, z=2))),
+    "nothing observed": Refused(
+        "^model: expected an observed site", pair=lambda: (proposal(z=2), proposal(z=2))
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_wrong_is_named_in_one_line_before_any_work(name: str, tmp_path: Path) -> None:
-    make, arguments, kind, message = REFUSED[name]
-    model, guide = make()
+    wrong = REFUSED[name]
+    model, guide = wrong.pair()
     modules = [program for program in (model, guide) if isinstance(program, nn.Module)]
     before = values(*modules)
-    arguments = {"epochs": 2, **QUIET, **arguments}
-    with pytest.raises(kind, match=message) as caught:
-        fit(model, guide, output=tmp_path / "runs" / "run", **arguments)
-    assert type(caught.value) is kind and "\n" not in str(caught.value)
+    with pytest.raises(wrong.kind, match=wrong.message) as caught:
+        fit(model, guide, output=tmp_path / "runs" / "run", **wrong.arguments)
+    assert type(caught.value) is wrong.kind and "\n" not in str(caught.value)
     assert equal(before, values(*modules))
     assert not (tmp_path / "runs" / "run").exists()
 
@@ -1116,14 +1240,13 @@ def test_cuda_without_cuda_is_refused(tmp_path: Path) -> None:
 
 def test_data_that_a_site_may_observe_by_its_own_bounds_are_not_refused() -> None:
     """The support of a binomial site hangs on each datum's own total: row 0's says nothing of the others."""
-    totals = torch.arange(1.0, 61.0)
-    x = torch.stack([totals, (totals * 0.5).floor()], 1)
+    x = torch.arange(1.0, 61.0).unsqueeze(-1).repeat(1, 2)
     net = nn.Linear(2, 1)
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Binomial(x[:, :1], logits=z).to_event(1), obs=x[:, 1:])
+            pyro.sample("x", dist.Binomial(2 * x, logits=z).to_event(1), obs=x)
 
     def guide(x: Tensor) -> None:
         pyro.module("net", net)
@@ -1141,7 +1264,7 @@ def test_a_loader_that_can_be_read_once_is_refused() -> None:
         def __iter__(self) -> Iterator[Tensor]:
             return self.batches
 
-    with pytest.raises(ValueError, match="^data: expected a loader that can be iterated once per epoch"):
+    with pytest.raises(ValueError, match=r"^data: expected a loader that can be iterated once per epoch"):
         fit(*linear_pair(), Once(), epochs=3, progress=False)
 
 
@@ -1174,7 +1297,7 @@ def test_overwrite_of_a_bad_call_leaves_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_other_files_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(FileExistsError, match="^output: .*other files than a run"):
+    with pytest.raises(FileExistsError, match=r"^output: .*other files than a run"):
         fit(*linear_pair(), X, output=tmp_path, overwrite=overwrite, **QUIET)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -1182,16 +1305,16 @@ def test_a_folder_of_other_files_is_never_touched(tmp_path: Path, overwrite: boo
 def test_an_output_that_is_a_file_or_under_one_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(FileExistsError, match="^output: expected a folder, .*file is a file"):
+    with pytest.raises(FileExistsError, match=r"^output: expected a folder, .*file is a file"):
         fit(*linear_pair(), X, output=file, **QUIET)
-    with pytest.raises(OSError, match="^output: can't write to .*file/run"):
+    with pytest.raises(OSError, match=r"^output: can't write to .*file/run"):
         fit(*linear_pair(), X, output=file / "run", **QUIET)
     assert file.read_text() == "mine"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
 def test_an_output_that_cannot_be_written_is_refused() -> None:
-    with pytest.raises(OSError, match="^output: can't write to /proc/nowhere/run: "):
+    with pytest.raises(OSError, match=r"^output: can't write to /proc/nowhere/run: "):
         fit(*linear_pair(), X, output="/proc/nowhere/run", **QUIET)
 
 

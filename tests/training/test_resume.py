@@ -75,7 +75,10 @@ def interrupt_in(epoch: int) -> Callable[[Any], None]:
 SETTINGS: dict[str, dict[str, Any]] = {
     "adam": {},
     "adam, not fused": {"optimizer": torch.optim.Adam},
-    "sgd with momentum": {"optimizer": functools.partial(torch.optim.SGD, momentum=0.9), "learning_rate": 1e-2},
+    "sgd with momentum": {
+        "optimizer": functools.partial(torch.optim.SGD, momentum=0.9),
+        "learning_rate": 1e-2,
+    },
     "amsgrad": {"optimizer": functools.partial(torch.optim.AdamW, amsgrad=True)},
     "rmsprop": {"optimizer": functools.partial(torch.optim.RMSprop, centered=True, momentum=0.5)},
     "separate rates": {"learning_rate": {"model": 1e-2, "guide": 1e-3}},
@@ -228,14 +231,22 @@ CHANGED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CHANGED)
 def test_resuming_with_other_settings_is_refused(tmp_path: Path, name: str) -> None:
     model, guide = pair()
-    arguments: dict[str, Any] = {"model": model, "guide": guide, "data": digits(), "validation": held_out(), **QUIET}
+    arguments: dict[str, Any] = {
+        "model": model,
+        "guide": guide,
+        "data": digits(),
+        "validation": held_out(),
+        **QUIET,
+    }
     data_of_bits = {"data": Split(digits().x.round(), digits().y)} if name.endswith("bits") else {}
     if data_of_bits:  # the same values with and without fresh bits
         arguments |= {"data": Split(digits().x.round(), digits().y, dynamic=True)}
     fit(**arguments, epochs=1, output=tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     setting = name.split(",")[0]
-    with pytest.raises(ValueError, match=f"^resume: {setting} differs from the run in .* there, .* here") as caught:
+    with pytest.raises(
+        ValueError, match=f"^resume: {setting} differs from the run in .* there, .* here"
+    ) as caught:
         fit(**arguments | CHANGED[name], epochs=2, output=tmp_path, resume=True)
     assert "\n" not in str(caught.value)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -23,6 +23,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pyro.util import get_rng_state
 from torch import Tensor, nn
 
 import ppl_vae
@@ -86,7 +87,7 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 def change_tensors(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
     with safetensors.safe_open(path, framework="pt") as file:
         state = json.loads(file.metadata()["state"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     change(tensors, state)
     safetensors.torch.save_file(tensors, path, {"state": json.dumps(state)})
 
@@ -107,7 +108,10 @@ PAIRS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
         MeanFieldGuide(MLP((1, 6, 7), hidden=(4,), dropout=0.2, normalization="layer"), 3),
     ),
     "conv": lambda: (
-        VAE(StandardNormal(2), ContinuousBernoulli(ConvDecoder(2, (1, 6, 7), 8, (3, 2), normalization="batch"))),
+        VAE(
+            StandardNormal(2),
+            ContinuousBernoulli(ConvDecoder(2, (1, 6, 7), 8, (3, 2), normalization="batch")),
+        ),
         MeanFieldGuide(ConvEncoder((1, 6, 7), 8, channels=(2, 3)), 2),
     ),
     "learned": lambda: (
@@ -221,7 +225,9 @@ def test_the_history_comes_back_float_for_float(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=5))
-def test_any_float_survives_the_history(tmp_path_factory: pytest.TempPathFactory, numbers: list[float]) -> None:
+def test_any_float_survives_the_history(
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[float]
+) -> None:
     folder = tmp_path_factory.mktemp("history")
     records: list[Any] = [{"epoch": i, "elbo": number} for i, number in enumerate(numbers, 1)]
     saving.write_history(folder, records)
@@ -290,16 +296,22 @@ def test_arguments_that_are_no_plain_data_need_the_instance(tmp_path: Path) -> N
     model = Mine(nn.Sequential(nn.Linear(2, 5)), 0.5, sizes=torch.ones(2))  # type: ignore[arg-type]
     fit(model, mine()[1], linear_data(), epochs=1, output=tmp_path, **QUIET)
     refuses(tmp_path, ValueError, r"^model\.decoder: was made by 'torch.*Sequential'", classes=[Mine])
-    refuses(tmp_path, ValueError, r"^model\.sizes: was made by 'torch\.Tensor'", classes=[Mine, nn.Sequential])
+    refuses(
+        tmp_path, ValueError, r"^model\.sizes: was made by 'torch\.Tensor'", classes=[Mine, nn.Sequential]
+    )
     assert torch.equal(load_run(tmp_path, model=model).model.shift, model.shift)
 
 
-def functions(seed: int, width: int = 6, *, positive: bool = False) -> tuple[Callable, Callable, nn.ModuleDict]:
+def functions(
+    seed: int, width: int = 6, *, positive: bool = False
+) -> tuple[Callable, Callable, nn.ModuleDict]:
     """Return plain functions whose networks have parameters and batch norm's buffers."""
     torch.manual_seed(seed)
     nets = nn.ModuleDict(
         {
-            "decoder": nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 5)),
+            "decoder": nn.Sequential(
+                nn.Linear(2, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 5)
+            ),
             "encoder": nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 2)),
         }
     )
@@ -375,11 +387,11 @@ def test_library_programs_inside_plain_functions_come_back(tmp_path: Path) -> No
 
 
 def test_loading_leaves_random_streams_and_parameter_store(folder: Path) -> None:
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    before = torch.get_rng_state(), random.getstate(), get_rng_state()["numpy"][1].tolist()
     store = list(pyro.get_param_store())
     load_run(folder)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+    assert (random.getstate(), get_rng_state()["numpy"][1].tolist()) == before[1:]
     assert list(pyro.get_param_store()) == store
 
 
@@ -494,7 +506,8 @@ def test_malformed_and_hostile_settings_are_refused_at_once(
     monkeypatch.chdir(folder)
     (folder / "config.yaml").write_text(YAMLS[name])
     modules, start = set(sys.modules), time.perf_counter()
-    refuses(folder, ValueError, r"config\.yaml: ")
+    reason = "aliases are not allowed" if name in ("bomb", "merge", "itself") else ""
+    refuses(folder, ValueError, rf"config\.yaml: .*{reason}")
     assert time.perf_counter() - start < 5
     assert set(sys.modules) == modules and not (folder / "executed").exists()
 
@@ -554,6 +567,7 @@ def test_sizes_that_do_not_fit_the_file_are_refused_before_anything_is_allocated
     "batch",
     [
         [[[1, HUGE, 1000], "float32"]],
+        [[[1, HUGE], "float32"]],
         [[[-1, 5], "float32"]],
         [[[1, 5], "load"]],
         [[[1, 5], 7]],
@@ -608,7 +622,14 @@ def test_a_truncated_file_of_tensors_is_refused_wherever_it_ends(folder: Path) -
 
 @pytest.mark.parametrize(
     "content",
-    [b"\x00" * 100, b"\xff" * 100, b"PK\x03\x04" + b"\x00" * 60, b"\x80\x04\x95garbage.", b"{}", bytes(range(256))],
+    [
+        b"\x00" * 100,
+        b"\xff" * 100,
+        b"PK\x03\x04" + b"\x00" * 60,
+        b"\x80\x04\x95garbage.",
+        b"{}",
+        bytes(range(256)),
+    ],
     ids=["zeros", "ones", "zip", "pickle", "json", "all"],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "config.yaml"])
@@ -634,14 +655,17 @@ def bad_tensors(name: str) -> Callable[[dict[str, Tensor], dict[str, Any]], obje
 
 
 @pytest.mark.parametrize(
-    "name", ["nan", "infinite", "shape", "transposed", "integers", "missing", "unknown", "other program", "empty"]
+    "name",
+    ["nan", "infinite", "shape", "transposed", "integers", "missing", "unknown", "other program", "empty"],
 )
 def test_tensors_that_do_not_fit_are_refused(folder: Path, name: str) -> None:
     change_tensors(folder / "model.safetensors", bad_tensors(name))
     refuses(folder, ValueError, r"model\.safetensors: ")
 
 
-@pytest.mark.parametrize("state", [None, [], {}, {"epoch": "2"}, {"epoch": None}, {"epoch": 1.5}, {"epoch": True}, {"epoch": -1}])
+@pytest.mark.parametrize(
+    "state", [None, [], {}, {"epoch": "2"}, {"epoch": None}, {"epoch": 1.5}, {"epoch": True}, {"epoch": -1}]
+)
 def test_a_header_without_the_epoch_is_refused(folder: Path, state: Any) -> None:
     path = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
@@ -649,7 +673,9 @@ def test_a_header_without_the_epoch_is_refused(folder: Path, state: Any) -> None
     refuses(folder, ValueError, r"model\.safetensors: expected the epoch in its header")
 
 
-@pytest.mark.parametrize("metadata", [None, {"state": "{"}, {"state": "9" * 10_000}, {"state": "[" * 100_000}])
+@pytest.mark.parametrize(
+    "metadata", [None, {"state": "{"}, {"state": "9" * 10_000}, {"state": "[" * 100_000}]
+)
 def test_a_header_of_no_json_is_refused(folder: Path, metadata: Any) -> None:
     path = folder / "model.safetensors"
     safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata)
@@ -681,7 +707,7 @@ def test_a_damaged_history_is_refused(folder: Path, content: bytes) -> None:
 def test_random_damage_is_refused_or_harmless(folder: Path, saved: dict[str, bytes]) -> None:
     """Whatever bytes are flipped, cut or inserted, loading ends with a run or with one of its own errors."""
     generator = random.Random(0)
-    refused = 0
+    messages: list[str] = []
     for i in range(150):
         name = ("config.yaml", "model.safetensors", "history.csv")[i % 3]
         content = bytearray(saved[name])
@@ -699,12 +725,12 @@ def test_random_damage_is_refused_or_harmless(folder: Path, saved: dict[str, byt
         try:
             run = load_run(folder)
         except (ValueError, FileNotFoundError) as error:
-            refused += 1
-            assert "\n" not in str(error) and len(str(error)) < 1000, error
+            messages.append(str(error))
         else:
             assert all(v.isfinite().all() for v in values(run.model, run.guide).values())
         (folder / name).write_bytes(saved[name])
-    assert refused > 75
+    assert len(messages) > 75
+    assert not [message for message in messages if "\n" in message or len(message) > 1000]
 
 
 # -- damaged checkpoints -----------------------------------------------------------------------------
@@ -751,7 +777,9 @@ def test_a_damaged_checkpoint_is_refused(folder: Path, name: str) -> None:
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "config.yaml"} == before
 
 
-@pytest.mark.parametrize("name", ["checkpoint.safetensors", "model.safetensors", "history.csv", "config.yaml"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint.safetensors", "model.safetensors", "history.csv", "config.yaml"]
+)
 def test_garbage_in_any_file_stops_resuming(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"\x00\xff garbage" * 20)
     with pytest.raises(ValueError, match=f"{name}: ") as caught:
@@ -782,7 +810,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 states = st.recursive(
     plain | st.just(torch.arange(3.0)),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.integers() | st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.integers() | st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -820,4 +850,5 @@ def test_state_that_is_no_plain_data_is_named() -> None:
 
 def test_a_run_shows_what_it_is(folder: Path) -> None:
     back = load_run(folder)
-    assert repr(back) == f"Run(LinearGaussian, MeanFieldGuide, 2 epochs, best_epoch={back.best_epoch}, path={str(folder)!r})"
+    shown = f"2 epochs, best_epoch={back.best_epoch}, path={str(folder)!r}"
+    assert repr(back) == f"Run(LinearGaussian, MeanFieldGuide, {shown})"

@@ -1,0 +1,235 @@
+"""``ppl-vae fit``."""
+
+import functools
+import inspect
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ppl_vae
+from ppl_vae._checks import check_positive_int, check_seed
+from ppl_vae.cli.pieces import NESTED, PIECES, ROOTS, arguments, build, known, resolve, settings_of_pieces
+from ppl_vae.cli.saved import draw, load_data, measure
+from ppl_vae.cli.settings import Given, Help, Setting, Source, format_help, settings_of, split_words
+from ppl_vae.data import Dataset
+from ppl_vae.description import describe
+from ppl_vae.training import Run
+from ppl_vae.training.saving import CONFIG, read_config, read_yaml
+
+
+def _fit_settings() -> dict[str, Setting]:
+    data, training, folder = "data", "training", "the run's folder"
+    pieces = "the pieces, whose own settings are listed below"
+    of_fit = settings_of(ppl_vae.fit, group=training)
+    return {
+        "data": Setting(
+            "digits, mnist, fashion-mnist, an .npz file or a folder of images", str, "digits", data, "NAME"
+        ),
+        "binarization": Setting(
+            "dynamic (fresh bits per visit), static, threshold, or null for values as they are",
+            *(str | None, "dynamic", data, "NAME"),
+        ),
+        "root": Setting("folder that holds MNIST/raw or FashionMNIST/raw", group=data, metavar="FOLDER"),
+        **{name: of_fit[name] for name in ("epochs", "batch_size", "learning_rate", "clip_norm", "patience")},
+        "init_bias": Setting(
+            "start the output bias at the logit of the data mean, where likelihood and decoder can",
+            *(bool, True, training),
+        ),
+        "seed": of_fit["seed"],
+        "device": Setting("cpu, cuda or cuda:N", group=training, metavar="NAME"),
+        "progress": Setting("show a progress bar", bool, sys.stderr.isatty(), training),
+        "output": Setting("by default runs/ and the data's name", group=folder, metavar="FOLDER"),
+        **{name: replace(of_fit[name], group=folder) for name in ("resume", "overwrite", "tensorboard")},
+        "num_particles": Setting("draws per datum of the final log p(x)", int, 1000, folder),
+        "config": Setting("YAML file of settings; those on the command line win", str, None, folder, "FILE"),
+        "latent_dim": Setting("number of latent dimensions", int, 16, pieces),
+        **{
+            piece: Setting(
+                f"{info.help}: {', '.join(known(piece))}, or your own as file.py:Name",
+                *(str if info.default else str | None, info.default, pieces, "NAME"),
+            )
+            for piece, info in PIECES.items()
+        },
+    }
+
+
+FIT_SETTINGS = _fit_settings()
+# those that are no part of what the run is
+_PASSING = {
+    *("config", "output", "overwrite", "resume", "root", "epochs", "device", "progress", "tensorboard"),
+    "num_particles",
+}
+
+
+def fit(words: list[str]) -> None:
+    """Train a pair, evaluate it, draw plots."""
+    positional, typed = split_words(words)
+    asks_help = typed.pop("help", None) is not None
+    if positional:
+        raise ValueError(f"expected --setting VALUE, got {positional[0]!r}")
+    sources = [_read_config(typed["config"])] if "config" in typed else []
+    sources.append(Source(typed))
+    given, saved = _given(*sources), None
+    data, output, overwrite, resume = (
+        given.value(name, FIT_SETTINGS[name]) for name in ("data", "output", "overwrite", "resume")
+    )
+    if resume and overwrite:
+        raise ValueError("--resume: expected either --resume or --overwrite, got both")
+    folder = Path(output or f"runs/{Path(data).resolve().stem or 'data'}")
+    if resume and (folder / CONFIG).is_file():
+        saved = _settings_of_run(read_config(folder), folder / CONFIG)
+        given = _given(saved, *sources)
+    chosen = _choose(given, typed)
+    table = FIT_SETTINGS | settings_of_pieces(chosen)
+    if asks_help:
+        text = "Train a pair on data, evaluate it, draw plots, and save all in a folder."
+        raise Help(format_help("ppl-vae fit [--setting VALUE ...]", text, table))
+    values = given.values_in(table)
+    check_positive_int("num_particles", values["num_particles"])
+    if saved is not None:
+        _check_unchanged(given, values, _given(saved), table)
+    kept = values if saved is None else saved.values
+    command = {name: value for name, value in kept.items() if name in given and name not in _PASSING}
+    own = [f"--{piece}={values[piece]}" for piece in chosen if values[piece] not in {None, *known(piece)}]
+    again = shlex.join(["ppl-vae", "fit", "--output", str(folder), *own, "--resume"])
+    try:
+        run, dataset = _train(values | {"output": folder, "notes": {"command": command}}, chosen)
+        if run.interrupted:
+            raise KeyboardInterrupt
+        measure(run, dataset, "test", {k: values[k] for k in ("num_particles", "device", "progress")})
+        print(f"plots: {draw(run, dataset)}")
+    except KeyboardInterrupt:
+        if not (folder / CONFIG).is_file():  # nothing to continue yet
+            raise
+        raise KeyboardInterrupt(f"interrupted; continue with `{again}`") from None
+    print(f"run: {folder}")
+
+
+def _given(*sources: Source) -> Given:
+    return Given(*sources, defaults={piece: info.default for piece, info in PIECES.items()})
+
+
+def _read_config(word: Any) -> Source:
+    """Return the settings of the user's file, or those in the ``config.yaml`` of a run."""
+    try:
+        path = Path(FIT_SETTINGS["config"].read(word))
+        settings = read_yaml(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--config: {error}") from error
+    if "format" in settings:
+        return _settings_of_run(settings, path)
+    if "config" in settings:
+        raise ValueError(f"--config {path}: config: expected the settings themselves, got another file")
+    return Source(_flatten(settings), f"--config {path}: ")
+
+
+def _settings_of_run(config: Mapping[str, Any], path: Path) -> Source:
+    """Return the settings that ``fit`` kept in a run."""
+    notes = config.get("notes")
+    command = notes.get("command") if isinstance(notes, dict) else None
+    if not isinstance(command, dict):
+        raise ValueError(f"{path}: expected a run of `ppl-vae fit`; go on with this one in Python")
+    kept = {name: value for name, value in _flatten(command).items() if name not in _PASSING}
+    return Source(kept | {"epochs": config.get("epochs")}, f"{path}: ", trusted=False)
+
+
+def _flatten(settings: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return ``{"encoder": {"class": "MLP", "init": None}}`` as ``encoder`` and ``encoder.init``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in PIECES and isinstance(value, Mapping):
+            flat |= {key if name == "class" else f"{key}.{name}": entry for name, entry in value.items()}
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def _choose(given: Given, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the class or function of each piece; forget the settings of pieces that none takes."""
+    strange = [
+        f"--{piece} {name}"
+        for piece, (name, source) in given.items()
+        if not source.trusted and isinstance(name, str) and piece in PIECES and name not in known(piece)
+    ]
+    if strange:
+        raise ValueError(
+            "--resume, --config: nothing that a run names is imported; if you trust what it is made of, "
+            f"add {' '.join(strange)}"
+        )
+    chosen: dict[str, Any] = {}
+
+    def choose(piece: str) -> None:
+        chosen[piece] = resolve(given.value(piece, FIT_SETTINGS[piece]), piece)
+        for argument in arguments(chosen[piece]):
+            if argument in NESTED:
+                choose(argument)
+
+    for piece in ROOTS:
+        choose(piece)
+    for name in list(given):
+        piece = name.partition(".")[0]
+        if piece in PIECES and piece not in chosen:
+            _, source = given.pop(name)
+            if name in typed or not typed.keys() & PIECES.keys():
+                raise ValueError(f"{source.prefix}{name}: the other pieces take no {piece}")
+    return chosen
+
+
+def _check_unchanged(
+    given: Given, values: Mapping[str, Any], saved: Given, table: Mapping[str, Setting]
+) -> None:
+    """Raise if a setting differs from the one of the run to resume."""
+    for name in given:
+        if name not in _PASSING:
+            before = saved.value(name, table[name])
+            if describe(before) != describe(values[name]):
+                got = values[name]
+                raise ValueError(f"--{name}: the run to resume was made with {before!r}, got {got!r}")
+
+
+def _train(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[Run, Dataset]:
+    """Build the pair for the data and train it."""
+    latent_dim, seed = check_positive_int("latent_dim", values["latent_dim"]), check_seed(values["seed"])
+    options: dict[str, dict[str, Any]] = {piece: {} for piece in chosen}
+    for name, value in values.items():
+        piece, dot, argument = name.partition(".")
+        if dot:
+            options[piece][argument] = value
+    if chosen["optimizer"] is torch.optim.Adam:
+        options["optimizer"].setdefault("fused", True)
+    dataset = load_data(values["data"], values["root"], values["binarization"])
+    x_shape = out_shape = dataset.x_shape
+    if options.get("likelihood", {}).get("scale") == "network":
+        out_shape = (2 * x_shape[0], *x_shape[1:])
+    sizes: dict[str, dict[str, Any]] = {
+        piece: {"latent_dim": latent_dim, "x_shape": x_shape} for piece in PIECES
+    }
+    sizes["encoder"] |= {"in_shape": x_shape}
+    sizes["decoder"] |= {"in_shape": latent_dim, "out_shape": out_shape}
+    if len(x_shape) == 1:
+        sizes["model"] |= {"data_dim": x_shape[0]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**64)
+        model, guide, elbo = (build(piece, chosen, options, sizes) for piece in ROOTS[:3])
+    likelihood: Any = getattr(model, "likelihood", None)
+    decoder = getattr(likelihood, "decoder", None)
+    x = dataset.train.x
+    if values["init_bias"] and hasattr(likelihood, "init_bias") and hasattr(decoder, "output_bias"):
+        if x.min() >= 0 and x.max() <= 1:
+            likelihood.init_bias(x)
+    made = {
+        "model": model,
+        "guide": guide,
+        "elbo": elbo,
+        "data": dataset.train,
+        "validation": dataset.validation,
+        "optimizer": functools.partial(chosen["optimizer"], **options["optimizer"]),
+        "scheduler": chosen["scheduler"] and functools.partial(chosen["scheduler"], **options["scheduler"]),
+    }
+    taken = inspect.signature(ppl_vae.fit).parameters
+    return ppl_vae.fit(**{k: v for k, v in values.items() if k in taken} | made), dataset

@@ -1,0 +1,212 @@
+"""``ppl-vae evaluate | sample | plot``: the commands on a saved run."""
+
+import inspect
+import io
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+import ppl_vae
+from ppl_vae import plots
+from ppl_vae._checks import check_choice, check_positive_int, check_seed
+from ppl_vae._random import seeded
+from ppl_vae.cli.pieces import find
+from ppl_vae.cli.settings import Given, Help, Setting, Source, format_help, settings_of, split_words
+from ppl_vae.data import Dataset, load_dataset
+from ppl_vae.description import describe, library_classes
+from ppl_vae.evaluation import encode, interpolate, reconstruct, traverse
+from ppl_vae.evaluation import sample as draw_samples
+from ppl_vae.infer.placing import place
+from ppl_vae.infer.running import batch_arguments
+from ppl_vae.training import Run, load_run
+from ppl_vae.training.saving import EVALUATION, read_config, write
+
+_GROUP = "settings"
+RUN_SETTINGS = {
+    "split": Setting("train, validation or test", str, "test", _GROUP, "NAME"),
+    "data": Setting("other data than the run's: a name or a path", group=_GROUP, metavar="NAME"),
+    "root": Setting("folder that holds MNIST/raw or FashionMNIST/raw", group=_GROUP, metavar="FOLDER"),
+    **settings_of(ppl_vae.evaluate, skip=("model", "guide", "data", "device", "progress"), group=_GROUP),
+    "device": Setting("cpu, cuda or cuda:N", group=_GROUP, metavar="NAME"),
+    "progress": Setting("show a progress bar", bool, sys.stderr.isatty(), _GROUP),
+    "size": Setting("how many data to draw", int, 64, _GROUP),
+    "output": Setting(
+        "an .npz file (x: draws, mean: their means) or a .png; by default RUN/samples.npz",
+        group=_GROUP,
+        metavar="FILE",
+    ),
+    "classes": Setting(
+        "your own classes or functions that the run is made of, as file.py:Name,file.py:Other; nothing else "
+        "that a run names is imported",
+        group=_GROUP,
+        metavar="NAMES",
+    ),
+}
+
+
+def evaluate(words: list[str]) -> None:
+    """Measure a saved run."""
+    own = [name for name in inspect.signature(ppl_vae.evaluate).parameters if name in RUN_SETTINGS]
+    text = "Measure ELBO, its parts and log p(x) of a saved run, and keep them in RUN/evaluation.yaml."
+    run, values = _told("evaluate", text, words, {"split", "root", *own})
+    check_choice("split", values["split"], ("train", "validation", "test"))
+    measure(
+        run, _data_of(run, values), values["split"], {name: values[name] for name in own if name != "data"}
+    )
+
+
+def sample(words: list[str]) -> None:
+    """Draw data from a saved run's prior."""
+    run, values = _told("sample", "Draw data from a saved run's prior.", words, {"size", "seed", "output"})
+    size, seed = check_positive_int("size", values["size"]), check_seed(values["seed"])
+    output = Path(values["output"] or _folder(run) / "samples.npz")
+    if output.suffix not in (".npz", ".png"):
+        raise ValueError(f"--output: expected a file ending in .npz or .png, got {str(output)!r}")
+    with seeded(seed):
+        samples = draw_samples(run.model, size)
+    if output.suffix == ".npz":
+        file = io.BytesIO()
+        np.savez(file, x=samples.x.numpy(), mean=samples.mean.numpy())
+        _write(output, file.getvalue())
+    else:
+        try:
+            axes = plots.plot_samples(samples)
+        except ValueError as error:
+            raise ValueError(f"--output: {output}: {error}") from error
+        _save_figure(axes, output)
+    print(f"samples: {output}")
+
+
+def plot(words: list[str]) -> None:
+    """Draw the plots of a saved run again."""
+    run, values = _told("plot", "Draw the plots of a saved run into RUN/plots.", words, {"data", "root"})
+    print(f"plots: {draw(run, _data_of(run, values))}")
+
+
+def _told(command: str, text: str, words: list[str], names: set[str]) -> tuple[Run, dict[str, Any]]:
+    """Return the run and the settings that a command was given."""
+    table = {name: setting for name, setting in RUN_SETTINGS.items() if name in {"classes", *names}}
+    folders, typed = split_words(words)
+    if "help" in typed:
+        raise Help(format_help(f"ppl-vae {command} RUN [--setting VALUE ...]", text, table))
+    values = Given(Source(typed), defaults={}).values_in(table)
+    if len(folders) != 1:
+        got = ", ".join(map(repr, folders)) or "none"
+        raise ValueError(f"RUN: expected the folder of a saved run, as in `ppl-vae {command} RUN`, got {got}")
+    return _load_run(Path(folders[0]), values["classes"]), values
+
+
+def _load_run(folder: Path, names: str | None) -> Run:
+    """Load a run that is made of the library's classes and of the user's that are named."""
+    own = [find(name.strip(), "--classes") for name in (names or "").split(",") if name.strip()]
+    config = read_config(folder)
+    roles = {role: config[role] for role in ("model", "guide")}
+    allowed = library_classes().keys() | {path for made in own for path in describe(made).values()}
+    if missing := sorted(_paths(roles) - allowed):
+        needed = ",".join(re.sub(r"^(\w+)\.(\w+)$", r"\1.py:\2", path) for path in missing)
+        raise ValueError(
+            f"--classes: {folder} is made of classes or functions that are not the library's; "
+            f"if you trust them, add --classes {needed}"
+        )
+    functions = [made for made in own if not inspect.isclass(made)]
+    programs = {role: made for role in roles for made in functions if describe(made) == roles[role]}
+    return load_run(folder, classes=[made for made in own if inspect.isclass(made)], **programs)
+
+
+def _paths(description: Any) -> set[str]:
+    """Return the classes and functions that a description names."""
+    if isinstance(description, list):
+        return set().union(*map(_paths, description))
+    if not isinstance(description, dict):
+        return set()
+    named = {str(description[key]) for key in ("class", "function") if key in description}
+    return named.union(*map(_paths, description.values()))
+
+
+def _data_of(run: Run, values: Mapping[str, Any]) -> Dataset:
+    """Load the data that a run was trained on, or others that were named."""
+    source = run.config["data"].get("source")
+    source = source if isinstance(source, dict) else {}
+    name = values["data"] or source.get("name")
+    if name is None:
+        raise ValueError("--data: expected a name or a path, since the run was trained on tensors, got none")
+    return load_data(name, values["root"], source.get("binarization"))
+
+
+def load_data(name: Any, root: str | None, binarization: Any) -> Dataset:
+    """Load a dataset; an error names the setting that is wrong."""
+    try:
+        return load_dataset(name, root, binarization)
+    except (ValueError, TypeError, OSError) as error:
+        reason = str(error).removeprefix("name: ")
+        raise ValueError(reason if reason.startswith("binarization: ") else f"--data: {reason}") from error
+
+
+def measure(run: Run, dataset: Dataset, split: str, options: Mapping[str, Any]) -> None:
+    """Evaluate a run; print what was found and write it into the run's folder."""
+    result = ppl_vae.evaluate(run.model, run.guide, getattr(dataset, split), **options)
+    print(result)
+    found = {"data": dataset.name, "split": split, "epoch": run.best_epoch} | result.summary()
+    _write(_folder(run) / EVALUATION, yaml.safe_dump(found, sort_keys=False).encode())
+
+
+def draw(run: Run, dataset: Dataset) -> Path:
+    """Draw every plot that the run and its data allow into the run's folder, and return where they are."""
+    folder, model, guide = _folder(run) / "plots", run.model, run.guide
+    if folder.is_symlink():  # in a stranger's run it may lead anywhere
+        raise ValueError(f"{folder}: expected a folder, got a link")
+    device = place(None, model, guide)
+    test = dataset.test.to(device)
+    with seeded(0):
+        batch = batch_arguments(model, test.batch(torch.arange(min(len(test), 5000), device=device)))
+        latents = encode(guide, *batch, y=None if test.y is None else test.y[: len(batch[0])])
+        z, pairs = latents.z.to(device), min(5, len(latents.z) // 2)
+        drawings: dict[str, Callable[[], Any]] = {
+            "history": lambda: plots.plot_history(run.history),
+            "latents": lambda: plots.plot_latents(latents),
+        }
+        if len(dataset.x_shape) == 3 and dataset.x_shape[0] in (1, 3):
+            few = tuple(tensor[:30] for tensor in batch)
+            start, end = z[:pairs], z[pairs : 2 * pairs]
+            drawings |= {
+                "reconstructions": lambda: plots.plot_reconstructions(reconstruct(model, guide, *few)),
+                "samples": lambda: plots.plot_samples(draw_samples(model, 64)),
+                "traversal": lambda: plots.plot_traversal(traverse(model, torch.zeros_like(z[0]))),
+                "interpolation": lambda: plots.plot_interpolation(interpolate(model, start, end)),
+            }
+        for name, drawing in drawings.items():
+            try:
+                axes = drawing()
+            except Exception as error:  # a program of the user's need not allow all
+                warnings.warn(f"no plot of {name}: {error}", stacklevel=2)
+            else:
+                _save_figure(axes, folder / f"{name}.png")
+    return folder
+
+
+def _folder(run: Run) -> Path:
+    return run.path or Path()
+
+
+def _save_figure(axes: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    file = io.BytesIO()
+    axes.figure.savefig(file, dpi=150, bbox_inches="tight")
+    plt.close(axes.figure)
+    _write(path, file.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write(path, content)
+    except OSError as error:
+        raise OSError(f"--output: can't write {path}: {error.strerror}") from error
