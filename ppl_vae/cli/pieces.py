@@ -62,7 +62,7 @@ def known(piece: str) -> dict[str, Any]:
         module = importlib.import_module(package)
         for name in getattr(module, "__all__", dir(module)):
             made = getattr(module, name)
-            if inspect.isclass(made) and issubclass(made, base) and made is not base:
+            if inspect.isclass(made) and issubclass(made, base) and made is not base and name[:3] != "Jit":
                 out_shape = inspect.signature(made).parameters.get("out_shape")
                 gives_features = out_shape is None or out_shape.default is None
                 if {"encoder": gives_features, "decoder": out_shape is not None}.get(piece, True):

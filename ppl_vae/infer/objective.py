@@ -66,6 +66,11 @@ class Objective(nn.Module):
             raise TypeError(
                 f"loss: expected an instance of pyro.infer.ELBO such as Trace_ELBO(), got {estimator!r}"
             )
+        if type(estimator).__name__.startswith("Jit"):
+            raise TypeError(
+                f"loss: expected an estimator that is not traced by torch.jit, which freezes the batch size "
+                f"and is deprecated, got {type(estimator).__name__}; use {type(estimator).__name__[3:]}"
+            )
         self.model = model
         self.guide = guide
         self.estimator = estimator

@@ -335,7 +335,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def test_the_process_grows_by_no_more_than_the_memory() -> None:
-    """A pass of 4096 rows, the most on a CPU, would have 4096 x 784 x 4 bytes = 12 MiB per pixel tensor."""
+    """A pass of 4096 rows (the most on a CPU) has 12 MiB per pixel tensor."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", MEASURE],

@@ -694,3 +694,9 @@ def test_trap_8_guess_of_the_plates_is_the_explicit_number() -> None:
         torch.manual_seed(1)
         losses.append(each(x).detach())
     assert torch.equal(*losses)
+
+
+def test_estimators_of_torch_jit_are_refused() -> None:
+    """Trap 9: they bake values of the first batch."""
+    with pytest.raises(TypeError, match="JitTrace_ELBO; use Trace_ELBO"):
+        Objective(LinearGaussian(2, 3), MeanFieldGuide(MLP(3), 2), pyro.infer.JitTrace_ELBO())

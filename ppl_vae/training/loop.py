@@ -1,0 +1,382 @@
+"""The loop over epochs: steps, validation, a loss that is no number, and saving."""
+
+import contextlib
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm import tqdm
+
+from ppl_vae._random import seeded
+from ppl_vae.data import Split, batches, num_batches
+from ppl_vae.infer.checking import Observation, check_batch
+from ppl_vae.infer.log_weights import terms
+from ppl_vae.infer.recording import SiteRecorder, term_sums
+from ppl_vae.infer.running import (
+    batch_arguments,
+    evaluating,
+    latent_sites,
+    observed_sites,
+    trace_pair,
+)
+from ppl_vae.infer.svi import SVI
+from ppl_vae.training import saving
+from ppl_vae.training.saving import Record, Run
+
+VALIDATION_BATCH = 1000  # data per pass, for memory
+CHECK_EVERY = 50  # steps between two looks at the loss, which wait for the device
+
+
+@dataclass
+class Training:
+    """A training in progress: the epochs, the record of each, and the run's folder."""
+
+    svi: SVI
+    optimizer: Optimizer
+    scheduler: Any
+    train: Any
+    validation: Any
+    batch_size: int
+    device: torch.device
+    seed: int
+    observed: list[Observation]
+    run: Run
+    made_folder: bool = False
+    best: tuple[float, dict[str, Tensor]] = field(default_factory=lambda: (-math.inf, {}))
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def run_epochs(
+        self,
+        epochs: int,
+        patience: int | None,
+        callbacks: Sequence[Callable[[Run], object]],
+        *,
+        progress: bool,
+        tensorboard: bool,
+    ) -> Run:
+        """Train up to an epoch and return the run; Ctrl-C ends it at the last finished one."""
+        run, first = self.run, len(self.run.history)
+        steps = num_batches(self.train, self.batch_size)
+        bar = tqdm(
+            total=None if steps is None else steps * epochs,
+            initial=(steps or 0) * first,
+            unit="step",
+            disable=not progress,
+            dynamic_ncols=True,
+        )
+        snapshot = self._snapshot()
+        writer = None
+        try:
+            writer = _summary_writer(run.path, first) if tensorboard and run.path else None
+            for epoch in range(first + 1, epochs + 1):
+                if self._stopped_early(patience):
+                    break
+                bar.set_description(f"epoch {epoch}/{epochs}")
+                record = self._epoch(epoch, snapshot, bar)
+                best, after = self._better(epoch, record), self._snapshot()
+                # one after the other, so that Ctrl-C finds all of an epoch or nothing
+                snapshot, (run.best_epoch, self.best) = after, best
+                run.history.append(record)
+                self._save(epoch, snapshot)
+                if writer is not None:
+                    for name, value in record.items():
+                        writer.add_scalar(name, value, epoch)
+                bar.set_postfix_str(_summary(record))
+                stops = [callback(run) is True for callback in callbacks]
+                if any(stops):
+                    break
+        except KeyboardInterrupt:
+            self._restore(snapshot)
+            run.interrupted = True
+            done = len(run.history)
+            if done:  # Ctrl-C may have come while the epoch was being saved
+                self._save(done, snapshot)
+            where = f"; saved in {run.path}, continue with resume=True" if run.path and done else ""
+            warnings.warn(f"interrupted: {done} of {epochs} epochs finished{where}", stacklevel=3)
+        except Exception:
+            self._restore(snapshot)
+            raise
+        finally:
+            bar.close()
+            if writer is not None:
+                writer.close()
+        if self.validation is not None and self.best[1]:
+            with torch.no_grad():
+                for name, tensor in self.svi.objective.tensors().items():
+                    tensor.copy_(self.best[1][name])
+        return run
+
+    def _epoch(self, epoch: int, snapshot: dict[str, Any], bar: tqdm) -> Record:
+        start = time.perf_counter()
+        record: Record = {"epoch": epoch}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        with seeded(self.seed, epoch, 0), pyro.validation_enabled(False):
+            totals = self._steps(epoch, snapshot, bar)
+        record |= {f"train_{name}": value for name, value in totals.items()}
+        if self.validation is not None:
+            record |= {f"validation_{name}": value for name, value in self._validate().items()}
+            if math.isnan(record["validation_elbo"]):
+                raise FloatingPointError(
+                    f"the validation ELBO became nan in epoch {epoch}, after its last step; the parameters "
+                    f"are those of epoch {epoch - 1}. Try a lower learning_rate or a clip_norm"
+                )
+        if self.scheduler is not None:
+            metric = record.get("validation_elbo", record["train_elbo"])
+            plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+            try:
+                self.scheduler.step(*([-metric] if plateau else []))
+            except ArithmeticError as error:
+                name = type(self.scheduler).__name__
+                raise ValueError(f"scheduler: {name} fails after epoch {epoch}: {error}") from error
+        record |= {
+            "learning_rate" if len(rates) == 1 or rates[0] == rates[-1] else f"learning_rate_{i}": float(rate)
+            for i, rate in enumerate(rates)
+        }
+        return record | {"seconds": round(time.perf_counter() - start, 3)}
+
+    def _steps(self, epoch: int, snapshot: dict[str, Any], bar: tqdm) -> dict[str, float]:
+        """Take one epoch's steps; return the epoch's means in nats per datum."""
+        totals: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
+        count = step = 0
+        unchecked = not isinstance(self.train, Split) and epoch == 1
+        for step, batch in enumerate(self._batches(), 1):
+            if unchecked:
+                check_batch(f"data, batch {step}", batch, self.observed)
+            with SiteRecorder() as recorder:
+                loss = self.svi.step(*batch)
+            sums = recorder.sums()
+            if sums is None:
+                with evaluating(self.run.model, self.run.guide):
+                    sums = term_sums(terms(self.run.model, self.run.guide, *batch))
+            count += len(batch[0])
+            for name, value in ({"loss": loss} | sums).items():
+                totals[name] = totals[name] + value if name in totals else value
+            # Pyro's tail-adaptive estimator has gradients but no loss: it gives infinity
+            losses.append(torch.where(loss.isinf(), -sums["elbo"].to(loss), loss))
+            bar.update()
+            if step % CHECK_EVERY == 0:
+                self._check_losses(losses, epoch, step, snapshot)
+                losses.clear()
+                bar.set_postfix_str(_summary({k: float(v) / count for k, v in totals.items()}))
+        if not count:
+            raise ValueError("data: expected a loader that can be iterated once per epoch, got no batch")
+        self._check_losses(losses, epoch, step, snapshot)
+        self._check_parameters(epoch, step)
+        return {name: float(value) / count for name, value in totals.items()}
+
+    def _batches(self) -> Iterable[tuple[Tensor, ...]]:
+        for batch in batches(self.train, self.batch_size, device=self.device, shuffle=True):
+            yield batch_arguments(self.run.model, batch)
+
+    def _validate(self) -> dict[str, float]:
+        totals: dict[str, Tensor] = {}
+        count = 0
+        model, guide = self.run.model, self.run.guide
+        with seeded(self.seed, 0, 1), evaluating(model, guide), pyro.validation_enabled(False):
+            for batch in batches(self.validation, VALIDATION_BATCH, device=self.device, shuffle=False):
+                count += len(batch[0])
+                for name, value in term_sums(terms(model, guide, *batch_arguments(model, batch))).items():
+                    totals[name] = totals[name] + value if name in totals else value
+        return {name: float(value) / count for name, value in totals.items()}
+
+    def _better(self, epoch: int, record: Record) -> tuple[int, tuple[float, dict[str, Tensor]]]:
+        """Return the best epoch so far, its validation ELBO and its tensors."""
+        if self.validation is None:
+            return epoch, self.best
+        elbo = record["validation_elbo"]
+        if self.run.best_epoch and not elbo > self.best[0]:
+            return self.run.best_epoch, self.best
+        tensors = {k: v.detach().clone() for k, v in self.svi.objective.tensors().items()}
+        return epoch, (elbo, tensors)
+
+    def _stopped_early(self, patience: int | None) -> bool:
+        return patience is not None and len(self.run.history) - self.run.best_epoch >= patience > 0
+
+    # -- a loss that is no number --------------------------------------------------------------
+
+    def _check_losses(self, losses: list[Tensor], epoch: int, step: int, snapshot: dict[str, Any]) -> None:
+        if not losses:
+            return
+        bad = (~torch.stack(losses).isfinite()).nonzero()
+        if len(bad):
+            first = step - len(losses) + int(bad[0]) + 1
+            site = self._find_bad_site(epoch, first, snapshot)
+            raise FloatingPointError(
+                f"the loss became {float(losses[int(bad[0])])} in epoch {epoch}, step {first}, {site}; "
+                f"the parameters are those of epoch {epoch - 1}. Try a lower learning_rate or a clip_norm"
+            )
+
+    def _check_parameters(self, epoch: int, step: int) -> None:
+        for role, parameters in (self.svi.objective.trainable or {}).items():
+            for name, parameter in parameters.items():
+                if not parameter.isfinite().all():
+                    raise FloatingPointError(
+                        f"the parameter {role}.{name} became NaN or infinite in epoch {epoch}, "
+                        f"by step {step}; the parameters are those of epoch {epoch - 1}. "
+                        "Try a lower learning_rate or a clip_norm"
+                    )
+
+    def _find_bad_site(self, epoch: int, bad_step: int, snapshot: dict[str, Any]) -> str:
+        """Repeat the epoch up to the bad step and name the first site that is no number there."""
+        self._restore(snapshot)
+        with seeded(self.seed, epoch, 0), pyro.validation_enabled(False):
+            for step, batch in enumerate(self._batches(), 1):
+                if step < bad_step:
+                    self.svi.step(*batch)
+                    continue
+                with evaluating(self.run.model, self.run.guide):
+                    traces = trace_pair(self.run.model, self.run.guide, *batch)
+                for trace, role in zip(reversed(traces), ("guide", "model"), strict=True):
+                    for name, site in (latent_sites(trace) | observed_sites(trace)).items():
+                        log_prob = site["fn"].log_prob(site["value"])
+                        if not (site["value"].isfinite().all() and log_prob.sum().isfinite()):
+                            return f"at site {name!r} of the {role}"
+                break
+        return "at no one site"
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _snapshot(self) -> dict[str, Any]:
+        """Return a copy of all that training changes, as tensors and JSON data."""
+        tensors = dict(self.svi.objective.tensors())
+        state = {
+            "optimizer": saving.flatten(self.optimizer.state_dict(), tensors, "optimizer"),
+            "scheduler": None
+            if self.scheduler is None
+            else saving.flatten(self.scheduler.state_dict(), tensors, "scheduler"),
+        }
+        return {"tensors": {k: v.detach().clone() for k, v in tensors.items()}, "state": state}
+
+    def _restore(self, snapshot: dict[str, Any]) -> None:
+        tensors, state = snapshot["tensors"], snapshot["state"]
+        with torch.no_grad():
+            for name, tensor in self.svi.objective.tensors().items():
+                tensor.copy_(tensors[name])
+        for name, holder in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
+            if holder is not None:
+                held = {k: v.clone() for k, v in tensors.items() if k.startswith(f"{name}.")}
+                holder.load_state_dict(saving.unflatten(state[name], held, holder.state_dict()))
+
+    def _save(self, epoch: int, snapshot: dict[str, Any]) -> None:
+        """Write model, history and, last, the checkpoint, which alone says that the epoch is done."""
+        run = self.run
+        if run.path is None:
+            return
+        if run.best_epoch == epoch:
+            saving.write_tensors(run.path / saving.MODEL, self.svi.objective.tensors(), {"epoch": epoch})
+        saving.write_history(run.path, run.history)
+        state = snapshot["state"] | {"epoch": epoch, "best_epoch": run.best_epoch, "best_elbo": self.best[0]}
+        saving.write_tensors(run.path / saving.CHECKPOINT, snapshot["tensors"], state)
+
+    def open_folder(self, *, overwrite: bool, resume: bool) -> None:
+        """Create the run's folder, or take up the run that is in it."""
+        folder, replaces = self.run.path, False
+        if folder is None:
+            return
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"output: expected a folder, {folder} is a file")
+        # what a write was ended in counts for nothing
+        leftovers = {saving.temporary(folder / name).name for name in saving.FILES}
+        if folder.is_dir() and any(file.name not in leftovers for file in folder.iterdir()):
+            replaces = saving.is_run(folder)
+            if not (replaces or (resume and (folder / saving.CONFIG).is_file())):
+                raise FileExistsError(f"output: {folder} holds other files than a run; choose another folder")
+            if resume:
+                self._resume(folder)
+                return
+            if not overwrite:
+                raise FileExistsError(
+                    f"output: {folder} holds a run; set overwrite or resume, or choose another"
+                )
+            for name in (saving.CHECKPOINT, saving.MODEL, saving.HISTORY, saving.EVALUATION):
+                (folder / name).unlink(missing_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            saving.write_config(folder, self.run.config)
+            self.made_folder = not replaces
+        except OSError as error:
+            raise OSError(f"output: can't write to {folder}: {error.strerror}") from None
+
+    def remove_empty_folder(self) -> None:
+        """Remove the folder that ``open_folder`` made if no epoch came to be saved in it."""
+        folder = self.run.path
+        if folder is None or not self.made_folder or self.run.history:
+            return
+        for name in saving.FILES:
+            (folder / name).unlink(missing_ok=True)
+            saving.temporary(folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        with contextlib.suppress(OSError):  # other files are the caller's
+            folder.rmdir()
+
+    def _resume(self, folder: Path) -> None:
+        saved, path = saving.read_config(folder), folder / saving.CHECKPOINT
+        for key, value in self.run.config.items():
+            if key not in ("epochs", "versions", "device") and saved.get(key) != value:
+                raise ValueError(
+                    f"resume: {key} differs from the run in {folder}: "
+                    f"{saved.get(key)!r} there, {value!r} here"
+                )
+        saving.write_config(folder, self.run.config)
+        if not path.exists():
+            return
+        tensors, state = saving.read_tensors(path)
+        own = self.svi.objective.tensors()
+        saving.check_tensors(own, {k: v for k, v in tensors.items() if k in own}, path)
+        try:
+            self._restore(
+                {
+                    "tensors": {k: v.to(self.device) if k in own else v for k, v in tensors.items()},
+                    "state": state,
+                }
+            )
+            epoch, best_epoch, best_elbo = (state[k] for k in ("epoch", "best_epoch", "best_elbo"))
+            history = saving.read_history(folder)[:epoch]
+            self._check_optimizer_state()
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: damaged checkpoint: {type(error).__name__}: {reason}") from error
+        if len(history) != epoch:
+            raise ValueError(f"{folder / saving.HISTORY}: expected {epoch} epochs, found {len(history)}")
+        self.run.history, self.run.best_epoch = history, best_epoch
+        if self.validation is not None:
+            best, _ = saving.read_tensors(folder / saving.MODEL)
+            saving.check_tensors(own, best, folder / saving.MODEL)
+            self.best = (best_elbo, {k: v.to(self.device) for k, v in best.items()})
+
+    def _check_optimizer_state(self) -> None:
+        """Raise if the moments have other shapes than their parameters, which fused steps don't look at."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                for name, value in self.optimizer.state.get(parameter, {}).items():
+                    if group.get("fused") and isinstance(value, Tensor) and name != "step":
+                        if value.shape != parameter.shape:
+                            expected, got = list(parameter.shape), list(value.shape)
+                            raise ValueError(f"expected {name} of shape {expected}, got {got}")
+
+
+def _summary(record: Mapping[str, float]) -> str:
+    side = "validation_" if "validation_elbo" in record else "train_" if "train_elbo" in record else ""
+    shown = {k.removeprefix(side): v for k, v in record.items() if k.startswith(side)}
+    names = ["elbo", "reconstruction", *(k for k in shown if k.startswith("kl_"))]
+    return f"{side}" + ", ".join(f"{name} {shown[name]:.2f}" for name in names)
+
+
+def _summary_writer(path: Path, purge: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError("tensorboard: install it with `pip install 'ppl-vae[tensorboard]'`") from None
+    return SummaryWriter(str(path / "tensorboard"), purge_step=purge + 1)
