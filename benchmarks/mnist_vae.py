@@ -11,7 +11,7 @@ with 5.
 
 import argparse
 import platform
-import resource
+import re
 import time
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from pyro.infer import TraceMeanField_ELBO
 
 from ppl_vae import evaluate, fit
 from ppl_vae.data import Split, load_dataset
+from ppl_vae.evaluation import Evaluation
 from ppl_vae.guides import MeanFieldGuide
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.models import VAE
@@ -72,12 +73,15 @@ def main() -> None:
     )
     torch.set_num_threads(threads)
     training = sum(record["seconds"] for record in run.history)
-    print(f"trained {settings.epochs} epochs in {training / 60:.1f} minutes; best epoch {run.best_epoch}")
+    print(
+        f"trained {settings.epochs} epochs in {training / 60:.1f} minutes (sum over epochs); "
+        f"best epoch {run.best_epoch}"
+    )
 
-    def timed(split: Split) -> tuple[object, float, float]:
-        before, start = _peak_memory(settings.device), time.perf_counter()
+    def timed(split: Split) -> tuple[Evaluation, float, float]:
+        before, start = _memory(settings.device), time.perf_counter()
         result = evaluate(model, guide, split, num_particles=settings.num_particles, device=settings.device)
-        return result, time.perf_counter() - start, _peak_memory(settings.device) - before
+        return result, time.perf_counter() - start, _memory(settings.device, peak=True) - before
 
     _, thousand, memory = timed(Split(data.test.x[:1000]))
     print(f"K = {settings.num_particles} over 1,000 images: {thousand:.1f} s, {memory:.2f} GiB more memory")
@@ -105,11 +109,17 @@ def main() -> None:
     print(f"recorded in {path}")
 
 
-def _peak_memory(device: str) -> float:
-    """Return the process's peak memory so far, GiB."""
+def _memory(device: str, peak: bool = False) -> float:
+    """Return the memory in use, GiB, and start anew to watch its peak; or that peak."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if peak:
+            return torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**30
+    if not peak:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = re.search(f"{'VmHWM' if peak else 'VmRSS'}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+    return int(line[1]) / 2**20 if line else float("nan")
 
 
 def _processor() -> str:

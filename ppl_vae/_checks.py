@@ -19,7 +19,11 @@ def check_positive(name: str, value: object) -> float:
     """Return ``value`` as a ``float``, or raise if it is not a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number above 0, got {value!r}")
-    if not (math.isfinite(value) and float(value) > 0):
+    try:
+        valid = math.isfinite(value) and float(value) > 0
+    except OverflowError:
+        valid = False
+    if not valid:
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
     return float(value)
 

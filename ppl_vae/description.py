@@ -79,7 +79,8 @@ def build(description: Any, name: str, classes: Iterable[type] = ()) -> Any:
     Raises:
         ValueError: naming the entry, if a class is unknown or refuses its arguments.
     """
-    known = library_classes() | {_path(cls): cls for cls in classes}
+    own = {_path(cls): cls for cls in classes} | {f"__main__.{cls.__qualname__}": cls for cls in classes}
+    known = library_classes() | own
     return _build(description, name, known)
 
 

@@ -13,11 +13,14 @@ import torch
 
 import ppl_vae
 from ppl_vae._checks import check_positive_int, check_seed
+from ppl_vae._random import seeded
 from ppl_vae.cli.pieces import NESTED, PIECES, ROOTS, arguments, build, known, resolve, settings_of_pieces
 from ppl_vae.cli.saved import draw, load_data, measure
 from ppl_vae.cli.settings import Given, Help, Setting, Source, format_help, settings_of, split_words
 from ppl_vae.data import Dataset
 from ppl_vae.description import describe
+from ppl_vae.infer.checking import check_all
+from ppl_vae.infer.placing import prepare_data
 from ppl_vae.training import Run
 from ppl_vae.training.saving import CONFIG, read_config, read_yaml
 
@@ -31,8 +34,9 @@ def _fit_settings() -> dict[str, Setting]:
             "digits, mnist, fashion-mnist, an .npz file or a folder of images", str, "digits", data, "NAME"
         ),
         "binarization": Setting(
-            "dynamic (fresh bits per visit), static, threshold, or null for values as they are",
-            *(str | None, "dynamic", data, "NAME"),
+            "dynamic (fresh bits per visit), static, threshold, or null for values as they are; by default "
+            "dynamic under Bernoulli, else null",
+            *(str | None, None, data, "NAME"),
         ),
         "root": Setting("folder that holds MNIST/raw or FashionMNIST/raw", group=data, metavar="FOLDER"),
         **{name: of_fit[name] for name in ("epochs", "batch_size", "learning_rate", "clip_norm", "patience")},
@@ -90,12 +94,15 @@ def fit(words: list[str]) -> None:
         text = "Train a pair on data, evaluate it, draw plots, and save all in a folder."
         raise Help(format_help("ppl-vae fit [--setting VALUE ...]", text, table))
     values = given.values_in(table)
+    if "binarization" not in given and values.get("likelihood") == "Bernoulli":
+        values["binarization"] = "dynamic"
     check_positive_int("num_particles", values["num_particles"])
     if saved is not None:
         _check_unchanged(given, values, _given(saved), table)
     kept = values if saved is None else saved.values
     command = {name: value for name, value in kept.items() if name in given and name not in _PASSING}
     own = [f"--{piece}={values[piece]}" for piece in chosen if values[piece] not in {None, *known(piece)}]
+    own += [f"--{k}={typed[k]}" for k in ("root", "device", "num_particles") if k in typed]
     again = shlex.join(["ppl-vae", "fit", "--output", str(folder), *own, "--resume"])
     try:
         run, dataset = _train(values | {"output": folder, "notes": {"command": command}}, chosen)
@@ -231,5 +238,8 @@ def _train(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[Run, D
         "optimizer": functools.partial(chosen["optimizer"], **options["optimizer"]),
         "scheduler": chosen["scheduler"] and functools.partial(chosen["scheduler"], **options["scheduler"]),
     }
+    cpu = torch.device("cpu")
+    with seeded(seed):  # what the run is measured on at its end
+        check_all(model, guide, prepare_data(dataset.test, "data", cpu), "data", cpu)
     taken = inspect.signature(ppl_vae.fit).parameters
     return ppl_vae.fit(**{k: v for k, v in values.items() if k in taken} | made), dataset

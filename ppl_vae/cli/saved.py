@@ -109,6 +109,7 @@ def _load_run(folder: Path, names: str | None) -> Run:
     config = read_config(folder)
     roles = {role: config[role] for role in ("model", "guide")}
     allowed = library_classes().keys() | {path for made in own for path in describe(made).values()}
+    allowed |= {f"__main__.{made.__qualname__}" for made in own}
     if missing := sorted(_paths(roles) - allowed):
         needed = ",".join(re.sub(r"^(\w+)\.(\w+)$", r"\1.py:\2", path) for path in missing)
         raise ValueError(

@@ -123,7 +123,7 @@ def evaluate(
             ``DataLoader``.
         num_particles: K, the number of draws per datum.
         memory: bytes that a pass may take beyond the data and the parameters.
-        device: where to work; by default where the model's parameters are.
+        device: where to work, and where modules stay; by default where the model's parameters are.
         seed: of the draws.
         progress: show a progress bar.
 

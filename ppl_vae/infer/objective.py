@@ -28,7 +28,9 @@ from ppl_vae.program import Program as LibraryProgram
 class Objective(nn.Module):
     """A model and a guide under an ELBO estimator: ``forward(*batch)`` is the differentiable loss.
 
-    torch optimisers, ``state_dict``, ``torch.func`` and DDP work on it as on any module. The first
+    For two modules, torch optimisers, ``state_dict``, ``torch.func`` and DDP work on it as on any module;
+    the parameters of plain functions are in ``trainable``. Estimators of Pyro without a differentiable
+    loss have ``loss_and_grads`` alone. The first
     call makes one dry run, without gradients and without touching the random stream, that checks
     the pair and settles parameters that only a run creates (autoguides, lazy layers, the networks
     that a plain function registers with ``pyro.module``).
@@ -182,6 +184,11 @@ class Objective(nn.Module):
                 held = dict((self.trainable or {})[role])
                 for i, module in enumerate(self._modules_of_functions[role]):
                     held |= {f"buffers.{i}.{k}": b for k, b in module.named_buffers(recurse=False)}
+                    held |= {
+                        f"frozen.{i}.{k}": p
+                        for k, p in module.named_parameters(recurse=False)
+                        if not p.requires_grad
+                    }
             found |= {f"{role}.{name}": tensor for name, tensor in held.items()}
         return found
 

@@ -148,7 +148,11 @@ def batch_arguments(program: Program, batch: tuple[Tensor, ...], name: str = "da
     parameters = list(inspect.signature(call).parameters.values())
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return batch
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = [
+        p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "size"  # of prior draws
+    ]
     required = [p.name for p in positional if p.default is p.empty]
     if len(required) > len(batch):
         raise TypeError(

@@ -11,19 +11,22 @@ from ppl_vae.likelihoods._logits import event_dims, init_logit_bias
 class _FastBernoulli(dist.Bernoulli):
     """A Bernoulli whose log-probability takes half the passes over memory that torch's takes.
 
-    It keeps the last one, which an estimator and the record of its terms both ask for.
+    It keeps the last one for a caller without gradients: the record of a step's terms asks for what the
+    estimator has just computed.
     """
 
-    _last: tuple[Tensor, Tensor, bool] | None = None
+    _last: tuple[Tensor, int, Tensor] | None = None
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        with_grad = torch.is_grad_enabled()
-        if self._last is None or self._last[0] is not value or (with_grad and not self._last[2]):
-            log_prob = (value * self.logits).sub_(F.softplus(self.logits, threshold=40.0))
-            self._last = value, log_prob, with_grad
-        return self._last[1]
+        if not torch.is_grad_enabled() and self._last is not None:
+            last, version, log_prob = self._last
+            if last is value and version == value._version:
+                return log_prob
+        log_prob = (value * self.logits).sub_(F.softplus(self.logits, threshold=40.0))
+        self._last = value, value._version, log_prob.detach()
+        return log_prob
 
 
 class Bernoulli(nn.Module):

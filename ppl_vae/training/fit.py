@@ -30,7 +30,7 @@ from ppl_vae.infer.running import (
     in_own_store,
 )
 from ppl_vae.infer.svi import SVI, OptimizerFactory
-from ppl_vae.training.loop import Training
+from ppl_vae.training.loop import Training, check_tensorboard
 from ppl_vae.training.saving import Run
 
 Adam: OptimizerFactory = functools.partial(torch.optim.Adam, fused=True)
@@ -70,8 +70,9 @@ def fit(
     for the training data averaged over the epoch's steps, for the validation data with one draw per
     datum, the same in each epoch. With validation data the pair ends with the parameters of the
     epoch of the highest validation ELBO, else with the last ones. Noise and order depend on ``seed``
-    and the epoch alone, so that a resumed run ends as an uninterrupted one does; the caller's random
-    streams are left alone.
+    and the epoch alone, so that a resumed run ends as an uninterrupted one does (but for a
+    ``DataLoader`` with a generator of its own); the caller's random streams are left alone. Modules
+    train in the mode that they come in: call ``.train()`` on one that was evaluated.
 
     Args:
         model: program over the latent sites and the data.
@@ -139,6 +140,8 @@ def fit(
             "optimizer: expected a function that makes a torch optimiser, such as torch.optim.Adam, "
             f"got {' '.join(repr(optimizer).split())}"
         )
+    if "lr" in getattr(optimizer, "keywords", {}):
+        raise ValueError("optimizer: expected its rate as `learning_rate`, got `lr` in the partial")
     if scheduler is not None and not callable(scheduler):
         raise TypeError(
             "scheduler: expected a function that makes a torch scheduler from the optimiser, "
@@ -202,6 +205,8 @@ def fit(
     if not isinstance(made, Optimizer):
         raise TypeError(f"optimizer: expected it to make a torch optimiser, it made {made!r}")
     schedule = None if scheduler is None else _make_scheduler(scheduler, made)
+    if tensorboard:
+        check_tensorboard()
     training = Training(
         svi=svi,
         optimizer=made,
@@ -214,6 +219,7 @@ def fit(
         observed=observed,
         run=Run(model, guide, [], 0, config, None if output is None else Path(output)),
     )
+    training.snapshot()  # what can't be saved is said before a run is replaced
     if output is not None:
         training.open_folder(overwrite=overwrite, resume=resume)
     try:

@@ -1,6 +1,7 @@
 """The loop over epochs: steps, validation, a loss that is no number, and saving."""
 
 import contextlib
+import importlib.util
 import math
 import shutil
 import time
@@ -75,7 +76,7 @@ class Training:
             disable=not progress,
             dynamic_ncols=True,
         )
-        snapshot = self._snapshot()
+        snapshot = self.snapshot()
         writer = None
         try:
             writer = _summary_writer(run.path, first) if tensorboard and run.path else None
@@ -84,7 +85,7 @@ class Training:
                     break
                 bar.set_description(f"epoch {epoch}/{epochs}")
                 record = self._epoch(epoch, snapshot, bar)
-                best, after = self._better(epoch, record), self._snapshot()
+                best, after = self._better(epoch, record), self.snapshot()
                 # one after the other, so that Ctrl-C finds all of an epoch or nothing
                 snapshot, (run.best_epoch, self.best) = after, best
                 run.history.append(record)
@@ -248,7 +249,7 @@ class Training:
 
     # -- state ---------------------------------------------------------------------------------
 
-    def _snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """Return a copy of all that training changes, as tensors and JSON data."""
         tensors = dict(self.svi.objective.tensors())
         state = {
@@ -300,9 +301,11 @@ class Training:
                 raise FileExistsError(
                     f"output: {folder} holds a run; set overwrite or resume, or choose another"
                 )
+        try:
             for name in (saving.CHECKPOINT, saving.MODEL, saving.HISTORY, saving.EVALUATION):
                 (folder / name).unlink(missing_ok=True)
-        try:
+            if replaces and not (folder / "plots").is_symlink():
+                shutil.rmtree(folder / "plots", ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             saving.write_config(folder, self.run.config)
             self.made_folder = not replaces
@@ -374,9 +377,13 @@ def _summary(record: Mapping[str, float]) -> str:
     return f"{side}" + ", ".join(f"{name} {shown[name]:.2f}" for name in names)
 
 
+def check_tensorboard() -> None:
+    """Raise if the logger library is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("tensorboard: install it with `pip install 'ppl-vae[tensorboard]'`")
+
+
 def _summary_writer(path: Path, purge: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError("tensorboard: install it with `pip install 'ppl-vae[tensorboard]'`") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(path / "tensorboard"), purge_step=purge + 1)

@@ -33,6 +33,11 @@ FILES = (CONFIG, MODEL, CHECKPOINT, HISTORY)
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_DATUM = 1 << 28  # numbers
 
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float16", "bfloat16", "float32", "float64", "int64", "int32", "int16", "uint8", "bool")
+}
+
 Record = dict[str, float]
 
 
@@ -321,7 +326,7 @@ def _fill_functions(
         if any(math.prod(shape) > _MAX_DATUM for shape in shapes):
             raise ValueError(f"a datum of more than {_MAX_DATUM} numbers")
         batch = [
-            torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
+            torch.zeros(shape, dtype=_DTYPES[dtype], device=device)
             for shape, (_, dtype) in zip(shapes, config["data"]["batch"], strict=True)
         ]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):

@@ -1320,3 +1320,24 @@ def test_an_output_that_cannot_be_written_is_refused() -> None:
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     assert len(fit(*linear_pair(), X, epochs=1, output=tmp_path, **QUIET).history) == 1
+
+
+def test_a_rate_in_the_optimizer_is_refused() -> None:
+    optimizer = functools.partial(torch.optim.Adam, lr=0.5)
+    with pytest.raises(ValueError, match="optimizer: expected its rate as `learning_rate`"):
+        fit(LinearGaussian(2, 3), MeanFieldGuide(MLP(3), 2), torch.randn(9, 3), optimizer=optimizer)
+
+
+def test_size_is_no_tensor_of_the_batch() -> None:
+    """A model that draws `size` data from the prior takes no labels for it."""
+    inner, guide = LinearGaussian(2, 3), MeanFieldGuide(MLP(3), 2)
+    sizes = []
+
+    def model(x: Tensor | None, size: int | None = None) -> Tensor:
+        sizes.append(size)
+        pyro.module("inner", inner)
+        return inner(x, size=size)
+
+    labelled = (torch.randn(9, 3), torch.arange(9))
+    fit(model, guide, labelled, epochs=1, progress=False)
+    assert set(sizes) == {None}

@@ -852,3 +852,42 @@ def test_a_run_shows_what_it_is(folder: Path) -> None:
     back = load_run(folder)
     shown = f"2 epochs, best_epoch={back.best_epoch}, path={str(folder)!r}"
     assert repr(back) == f"Run(LinearGaussian, MeanFieldGuide, {shown})"
+
+
+def test_frozen_parameters_of_functions_are_saved(tmp_path: Path) -> None:
+    def pair(bias: float) -> tuple[nn.Linear, Any, Any]:
+        decoder, encoder = nn.Linear(2, 3), nn.Linear(3, 2)
+        nn.init.constant_(decoder.bias, bias)
+        decoder.bias.requires_grad_(False)
+
+        def model(x: Tensor) -> None:
+            pyro.module("decoder", decoder.eval())
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+        def guide(x: Tensor) -> None:
+            pyro.module("encoder", encoder)
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+        return decoder, model, guide
+
+    _, model, guide = pair(3.0)
+    fit(model, guide, torch.randn(20, 3), epochs=1, output=tmp_path / "run", progress=False)
+    decoder, model, guide = pair(-7.0)
+    load_run(tmp_path / "run", model=model, guide=guide)
+    assert decoder.bias.tolist() == [3.0, 3.0, 3.0]
+
+
+def test_a_class_of_a_script_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scripted(MLP):
+        pass
+
+    monkeypatch.setattr(Scripted, "__module__", "__main__")
+    monkeypatch.setattr(Scripted, "__qualname__", "Scripted")
+    model, guide = LinearGaussian(2, 3), MeanFieldGuide(Scripted(3), 2)
+    fit(model, guide, torch.randn(20, 3), epochs=1, output=tmp_path / "run", progress=False)
+    monkeypatch.setattr(Scripted, "__module__", "mine")
+    run = load_run(tmp_path / "run", classes=[Scripted])
+    assert torch.equal(run.guide.head.weight, guide.head.weight)
