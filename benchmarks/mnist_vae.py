@@ -100,7 +100,7 @@ def main() -> None:
         "test": result.summary(),
         "machine": f"{_processor()}, 1 thread in training, {threads} in evaluation"
         + (f", {torch.cuda.get_device_name()}" if settings.device.startswith("cuda") else ""),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         "published": "-86.76 (1 draw), -86.47 (5): Burda et al. 2016, Table 1, VAE, 3280 epochs at batch 20",
     }
     path = Path(settings.results)
