@@ -176,10 +176,14 @@ def draw(run: Run, dataset: Dataset) -> Path:
         if len(dataset.x_shape) == 3 and dataset.x_shape[0] in (1, 3):
             few = tuple(tensor[:30] for tensor in batch)
             start, end = z[:pairs], z[pairs : 2 * pairs]
+            # the ten dimensions in which the data's latents differ most
+            busiest = z.var(0, correction=0).topk(min(10, z.shape[1])).indices.sort().values.tolist()
             drawings |= {
                 "reconstructions": lambda: plots.plot_reconstructions(reconstruct(model, guide, *few)),
                 "samples": lambda: plots.plot_samples(draw_samples(model, 64)),
-                "traversal": lambda: plots.plot_traversal(traverse(model, torch.zeros_like(z[0]))),
+                "traversal": lambda: plots.plot_traversal(
+                    traverse(model, torch.zeros_like(z[0]), dims=busiest)
+                ),
                 "interpolation": lambda: plots.plot_interpolation(interpolate(model, start, end)),
             }
         for name, drawing in drawings.items():

@@ -132,8 +132,11 @@ class Objective(nn.Module):
             else:
                 found = _lasting_names(registered[role], ran[role])
                 self._modules_of_functions[role] = ran[role]
-            trainable[role] = {name: p for name, p in found.items() if p.requires_grad and id(p) not in seen}
-            seen |= {id(p) for p in found.values()}
+            trainable[role] = {}
+            for name, parameter in found.items():  # one that has two names is taken once
+                if parameter.requires_grad and id(parameter) not in seen:
+                    trainable[role][name] = parameter
+                seen.add(id(parameter))
         for role in trainable:
             _check_reach(role, registered[role], ran[role], seen)
         self.trainable = trainable

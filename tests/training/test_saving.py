@@ -880,14 +880,13 @@ def test_frozen_parameters_of_functions_are_saved(tmp_path: Path) -> None:
     assert decoder.bias.tolist() == [3.0, 3.0, 3.0]
 
 
-def test_a_class_of_a_script_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_of_a_script_is_found_by_its_name(tmp_path: Path) -> None:
     class Scripted(MLP):
         pass
 
-    monkeypatch.setattr(Scripted, "__module__", "__main__")
-    monkeypatch.setattr(Scripted, "__qualname__", "Scripted")
+    Scripted.__module__, Scripted.__qualname__ = "__main__", "Scripted"
     model, guide = LinearGaussian(2, 3), MeanFieldGuide(Scripted(3), 2)
     fit(model, guide, torch.randn(20, 3), epochs=1, output=tmp_path / "run", progress=False)
-    monkeypatch.setattr(Scripted, "__module__", "mine")
+    Scripted.__module__ = "mine"
     run = load_run(tmp_path / "run", classes=[Scripted])
     assert torch.equal(run.guide.head.weight, guide.head.weight)
