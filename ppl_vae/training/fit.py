@@ -276,16 +276,17 @@ def _learning_rates(learning_rate: float | Mapping[str, float]) -> dict[str, flo
 def _describe_data(data: Any) -> dict[str, Any]:
     if not isinstance(data, Split):
         return {"loader": f"{type(data).__module__}.{type(data).__qualname__}"}
-    content = zlib.crc32(data.x.detach().cpu().contiguous().numpy().tobytes())
     return {
-        "source": describe(getattr(data, "source", None)),
+        "source": describe(data.source),
         "size": len(data),
-        "checksum": f"{content:08x}",
+        "checksum": _checksum(data.x),
         "dynamic": data.dynamic,
-        "labels": None
-        if data.y is None
-        else f"{zlib.crc32(data.y.cpu().contiguous().numpy().tobytes()):08x}",
+        "labels": None if data.y is None else _checksum(data.y),
     }
+
+
+def _checksum(tensor: Tensor) -> str:
+    return f"{zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes()):08x}"
 
 
 def _plain(value: object) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer import TraceTailAdaptive_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -85,7 +86,8 @@ class Training:
                     break
                 bar.set_description(f"epoch {epoch}/{epochs}")
                 record = self._epoch(epoch, snapshot, bar)
-                best, after = self._better(epoch, record), self.snapshot()
+                after = self.snapshot()
+                best = self._better(epoch, record, after)
                 # one after the other, so that Ctrl-C finds all of an epoch or nothing
                 snapshot, (run.best_epoch, self.best) = after, best
                 run.history.append(record)
@@ -128,9 +130,8 @@ class Training:
         if self.validation is not None:
             record |= {f"validation_{name}": value for name, value in self._validate().items()}
             if math.isnan(record["validation_elbo"]):
-                raise FloatingPointError(
-                    f"the validation ELBO became nan in epoch {epoch}, after its last step; the parameters "
-                    f"are those of epoch {epoch - 1}. Try a lower learning_rate or a clip_norm"
+                raise _diverged(
+                    f"the validation ELBO became nan in epoch {epoch}, after its last step", epoch
                 )
         if self.scheduler is not None:
             metric = record.get("validation_elbo", record["train_elbo"])
@@ -152,6 +153,8 @@ class Training:
         losses: list[Tensor] = []
         count = step = 0
         unchecked = not isinstance(self.train, Split) and epoch == 1
+        # Pyro's tail-adaptive estimator has gradients but no loss: it gives infinity
+        without_loss = isinstance(self.svi.objective.estimator, TraceTailAdaptive_ELBO)
         for step, batch in enumerate(self._batches(), 1):
             if unchecked:
                 check_batch(f"data, batch {step}", batch, self.observed)
@@ -162,20 +165,18 @@ class Training:
                 with evaluating(self.run.model, self.run.guide):
                     sums = term_sums(terms(self.run.model, self.run.guide, *batch))
             count += len(batch[0])
-            for name, value in ({"loss": loss} | sums).items():
-                totals[name] = totals[name] + value if name in totals else value
-            # Pyro's tail-adaptive estimator has gradients but no loss: it gives infinity
-            losses.append(torch.where(loss.isinf(), -sums["elbo"].to(loss), loss))
+            _add(totals, {"loss": loss} | sums)
+            losses.append(-sums["elbo"] if without_loss else loss)
             bar.update()
             if step % CHECK_EVERY == 0:
                 self._check_losses(losses, epoch, step, snapshot)
                 losses.clear()
-                bar.set_postfix_str(_summary({k: float(v) / count for k, v in totals.items()}))
+                bar.set_postfix_str(_summary(_per_datum(totals, count)))
         if not count:
             raise ValueError("data: expected a loader that can be iterated once per epoch, got no batch")
         self._check_losses(losses, epoch, step, snapshot)
         self._check_parameters(epoch, step)
-        return {name: float(value) / count for name, value in totals.items()}
+        return _per_datum(totals, count)
 
     def _batches(self) -> Iterable[tuple[Tensor, ...]]:
         for batch in batches(self.train, self.batch_size, device=self.device, shuffle=True):
@@ -188,19 +189,19 @@ class Training:
         with seeded(self.seed, 0, 1), evaluating(model, guide), pyro.validation_enabled(False):
             for batch in batches(self.validation, VALIDATION_BATCH, device=self.device, shuffle=False):
                 count += len(batch[0])
-                for name, value in term_sums(terms(model, guide, *batch_arguments(model, batch))).items():
-                    totals[name] = totals[name] + value if name in totals else value
-        return {name: float(value) / count for name, value in totals.items()}
+                _add(totals, term_sums(terms(model, guide, *batch_arguments(model, batch))))
+        return _per_datum(totals, count)
 
-    def _better(self, epoch: int, record: Record) -> tuple[int, tuple[float, dict[str, Tensor]]]:
+    def _better(
+        self, epoch: int, record: Record, snapshot: dict[str, Any]
+    ) -> tuple[int, tuple[float, dict[str, Tensor]]]:
         """Return the best epoch so far, its validation ELBO and its tensors."""
         if self.validation is None:
             return epoch, self.best
         elbo = record["validation_elbo"]
         if self.run.best_epoch and not elbo > self.best[0]:
             return self.run.best_epoch, self.best
-        tensors = {k: v.detach().clone() for k, v in self.svi.objective.tensors().items()}
-        return epoch, (elbo, tensors)
+        return epoch, (elbo, {name: snapshot["tensors"][name] for name in self.svi.objective.tensors()})
 
     def _stopped_early(self, patience: int | None) -> bool:
         return patience is not None and len(self.run.history) - self.run.best_epoch >= patience > 0
@@ -214,20 +215,17 @@ class Training:
         if len(bad):
             first = step - len(losses) + int(bad[0]) + 1
             site = self._find_bad_site(epoch, first, snapshot)
-            raise FloatingPointError(
-                f"the loss became {float(losses[int(bad[0])])} in epoch {epoch}, step {first}, {site}; "
-                f"the parameters are those of epoch {epoch - 1}. Try a lower learning_rate or a clip_norm"
-            )
+            value = float(losses[int(bad[0])])
+            raise _diverged(f"the loss became {value} in epoch {epoch}, step {first}, {site}", epoch)
 
     def _check_parameters(self, epoch: int, step: int) -> None:
         for role, parameters in (self.svi.objective.trainable or {}).items():
             for name, parameter in parameters.items():
                 if not parameter.isfinite().all():
-                    raise FloatingPointError(
-                        f"the parameter {role}.{name} became NaN or infinite in epoch {epoch}, "
-                        f"by step {step}; the parameters are those of epoch {epoch - 1}. "
-                        "Try a lower learning_rate or a clip_norm"
+                    what = (
+                        f"the parameter {role}.{name} became NaN or infinite in epoch {epoch}, by step {step}"
                     )
+                    raise _diverged(what, epoch)
 
     def _find_bad_site(self, epoch: int, bad_step: int, snapshot: dict[str, Any]) -> str:
         """Repeat the epoch up to the bad step and name the first site that is no number there."""
@@ -302,10 +300,11 @@ class Training:
                     f"output: {folder} holds a run; set overwrite or resume, or choose another"
                 )
         try:
-            for name in (saving.CHECKPOINT, saving.MODEL, saving.HISTORY, saving.EVALUATION):
-                (folder / name).unlink(missing_ok=True)
-            if replaces and not (folder / "plots").is_symlink():
-                shutil.rmtree(folder / "plots", ignore_errors=True)
+            if replaces:
+                for name in (saving.CHECKPOINT, saving.MODEL, saving.HISTORY, saving.EVALUATION):
+                    (folder / name).unlink(missing_ok=True)
+                if not (folder / "plots").is_symlink():
+                    shutil.rmtree(folder / "plots", ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             saving.write_config(folder, self.run.config)
             self.made_folder = not replaces
@@ -368,6 +367,21 @@ class Training:
                         if value.shape != parameter.shape:
                             expected, got = list(parameter.shape), list(value.shape)
                             raise ValueError(f"expected {name} of shape {expected}, got {got}")
+
+
+def _add(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    for name, value in sums.items():
+        totals[name] = totals[name] + value if name in totals else value
+
+
+def _per_datum(totals: Mapping[str, Tensor], count: int) -> dict[str, float]:
+    return {name: float(value) / count for name, value in totals.items()}
+
+
+def _diverged(what: str, epoch: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"{what}; the parameters are those of epoch {epoch - 1}. Try a lower learning_rate or a clip_norm"
+    )
 
 
 def _summary(record: Mapping[str, float]) -> str:
