@@ -11,8 +11,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import Draws
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -99,20 +99,6 @@ models = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
 
 def double(case: Case) -> nn.Module:
     return case.make().double()
-
-
-class Draws(Messenger):
-    """Makes normal sites draw ``loc + scale * noise``, so that runs can share their noise."""
-
-    def __init__(self, **noise: Tensor) -> None:
-        super().__init__()
-        self.noise = noise
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["done"] and not msg["is_observed"] and msg["name"] in self.noise:
-            normal = msg["fn"].base_dist
-            msg["value"] = normal.loc + normal.scale * self.noise[msg["name"]]
-            msg["done"] = True
 
 
 def other_half(case: Case) -> nn.Module:

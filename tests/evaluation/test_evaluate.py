@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import Rows, Stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.util import get_rng_state
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from ppl_vae import evaluate
 from ppl_vae.data import Split
@@ -352,25 +353,6 @@ def test_the_process_grows_by_no_more_than_the_memory() -> None:
 # -- which data, which programs ----------------------------------------------------------------------
 
 
-class Rows(Dataset):
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.x[index]
-
-
-class Stream(IterableDataset):
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.x.split(7))
-
-
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -381,7 +363,7 @@ class Stream(IterableDataset):
         Rows,
         lambda x: x.numpy(),
         lambda x: DataLoader(TensorDataset(x), batch_size=7),
-        Stream,
+        lambda x: Stream(x, 7),
     ],
     ids=["tensor", "split", "labelled", "tensor-dataset", "map-style", "numpy", "loader", "stream"],
 )

@@ -9,11 +9,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import Draws
 from hypothesis import given
 from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from ppl_vae.guides import MeanFieldGuide
@@ -27,20 +27,6 @@ from ppl_vae.priors import StandardNormal
 Program = Callable[..., Any]
 # Float64 rounds at 1e-16; the sums here have fewer than 100 terms of order 1 to 10.
 CLOSE: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-12}
-
-
-class Draws(Messenger):
-    """Makes the guide's normal sites draw ``loc + scale * noise``, so that runs can share their noise."""
-
-    def __init__(self, **noise: Tensor) -> None:
-        super().__init__()
-        self.noise = noise
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["done"] and not msg["is_observed"] and msg["name"] in self.noise:
-            normal = msg["fn"].base_dist
-            msg["value"] = normal.loc + normal.scale * self.noise[msg["name"]]
-            msg["done"] = True
 
 
 def vae_pair(latent: int = 2, data: int = 3) -> tuple[VAE, MeanFieldGuide]:

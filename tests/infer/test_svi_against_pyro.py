@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
+from helpers import PAIRS, Pair, vae_pair
 from pyro.infer import (
     ELBO,
     RenyiELBO,
@@ -17,48 +17,15 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
-from ppl_vae.guides import MeanFieldGuide
 from ppl_vae.infer import SVI
-from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.models import VAE
-from ppl_vae.networks import MLP
-from ppl_vae.priors import StandardNormal
 
-Program = Callable[..., Any]
-Pair = tuple[Program, Program, list[nn.Module]]
 RATE = 0.01
 # Adam divides by the root of the gradient's second moment: where that is small, rounding of 1e-16 grows.
 SAME = 1e-10
 
 
-def vae_pair() -> Pair:
-    model = VAE(StandardNormal(2), Bernoulli(MLP(2, 4, hidden=3))).double()
-    guide = MeanFieldGuide(MLP(4, hidden=3), 2).double()
-    return model, guide, [model, guide]
-
-
-def function_pair() -> Pair:
-    """Return plain functions with ``pyro.module``."""
-    decoder, encoder = nn.Linear(2, 4).double(), nn.Linear(4, 4).double()
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x), dim=-1):
-            loc, log_scale = encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-    return model, guide, [decoder, encoder]
-
-
-PAIRS = {"VAE": vae_pair, "functions": function_pair}
 ESTIMATORS: dict[str, Callable[[], ELBO]] = {
     "Trace": Trace_ELBO,
     "Trace-3": lambda: Trace_ELBO(num_particles=3),

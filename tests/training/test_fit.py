@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import Rows, Stream
 from pyro.infer import (
     RenyiELBO,
     ReweightedWakeSleep,
@@ -357,29 +358,6 @@ def test_programs_of_x_alone_get_no_labels() -> None:
     assert equal(values(alone.model, alone.guide), values(labelled.model, labelled.guide))
 
 
-class Rows(Dataset):
-    """A map-style dataset."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.x[index]
-
-
-class Stream(IterableDataset):
-    """A dataset of ready batches that knows no length."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.x.split(50))
-
-
 @pytest.mark.parametrize(
     "wrap",
     [Split, lambda x: (x,), TensorDataset, Rows, lambda x: x.numpy(), lambda x: (x, torch.arange(len(x)))],
@@ -394,7 +372,9 @@ def test_all_forms_of_data_in_memory_train_alike(wrap: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrap", [functools.partial(DataLoader, batch_size=50), Stream], ids=["loader", "stream"]
+    "wrap",
+    [functools.partial(DataLoader, batch_size=50), functools.partial(Stream, size=50)],
+    ids=["loader", "stream"],
 )
 def test_loaders_train_on_their_own_batches(wrap: Callable) -> None:
     x = linear_data(130)
