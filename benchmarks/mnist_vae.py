@@ -1,8 +1,8 @@
 """Train the IWAE paper's one-layer VAE on MNIST, and measure log p(x) on the whole test set.
 
 Network 784-200-200-50 with tanh, dynamic binarisation (test bits of the VampPrior experiments), decoder
-bias at the logit of the data mean, the ELBO with the analytic KL
-(`TraceMeanField_ELBO`), Adam with cosine decay, batch 100, 100 epochs, K = 5000 importance samples.
+bias at the logit of the data mean, the ELBO with the gradient that sticks the landing
+(`STL_ELBO`) and two draws, Adam with cosine decay, batch 100, 100 epochs, K = 5000 importance samples.
 Published (Burda et al., 2016, Table 1, VAE), after 3280 epochs at batch 20: -86.76 with 1 draw, -86.47
 with 5.
 
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from pyro.infer import TraceMeanField_ELBO
 
 from ppl_vae import evaluate, fit
 from ppl_vae.data import Split, load_dataset
 from ppl_vae.evaluation import Evaluation
 from ppl_vae.guides import MeanFieldGuide
+from ppl_vae.infer import STL_ELBO
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.models import VAE
 from ppl_vae.networks import MLP
@@ -34,8 +34,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=100)
-    parser.add_argument("--learning_rate_model", type=float, default=3e-3)
-    parser.add_argument("--learning_rate_guide", type=float, default=2e-3)
+    parser.add_argument("--learning_rate_model", type=float, default=4e-3)
+    parser.add_argument("--learning_rate_guide", type=float, default=2.5e-3)
     parser.add_argument("--num_particles", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -60,7 +60,7 @@ def main() -> None:
         guide,
         data.train,
         validation=data.validation,
-        elbo=TraceMeanField_ELBO(),
+        elbo=STL_ELBO(2),
         learning_rate={"model": settings.learning_rate_model, "guide": settings.learning_rate_guide},
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs),
         epochs=settings.epochs,
@@ -90,7 +90,7 @@ def main() -> None:
 
     record = {
         "set-up": "dynamic MNIST, 50,000 training images, 784-200-200-50 tanh, Xavier, decoder bias at the "
-        "logit of the data mean, TraceMeanField_ELBO, Adam with cosine decay to 0",
+        "logit of the data mean, STL_ELBO with 2 draws, Adam with cosine decay to 0",
         **{k: v for k, v in vars(settings).items() if k not in ("root", "output", "resume", "results")},
         "best_epoch": run.best_epoch,
         "training_minutes": round(training / 60, 2),

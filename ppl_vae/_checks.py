@@ -62,3 +62,12 @@ def did_you_mean(value: object, choices: Iterable[object]) -> str:
     names = {str(choice).lower(): str(choice) for choice in choices if choice is not None}
     near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
     return f" (did you mean {names[near[0]]!r}?)" if near else ""
+
+
+def check_at_least(name: str, value: object, least: float = 0.0) -> float:
+    """Return ``value`` as a ``float``, or raise if it is not a finite number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number from {least:g}, got {value!r}")
+    if not (math.isfinite(value) and float(value) >= least):
+        raise ValueError(f"{name}: expected a finite number from {least:g}, got {value!r}")
+    return float(value)

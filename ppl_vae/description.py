@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from torch import nn
-
 from ppl_vae._checks import did_you_mean
 
 MAX_LENGTH = 1000  # of a list of sizes, each of which costs a layer
@@ -45,7 +43,7 @@ def describe(value: Any) -> Any:
         return describe(value.func) | {key: describe(item) for key, item in value.keywords.items()}
     if inspect.isclass(value):
         return {"class": _path(value)}
-    if callable(value) and not isinstance(value, nn.Module):
+    if callable(value) and hasattr(value, "__qualname__"):  # a function, not an object that can be called
         return {"function": _path(value)}
     try:
         parameters = dict(inspect.signature(type(value)).parameters)

@@ -586,7 +586,7 @@ def test_loss_that_is_nan_at_once_leaves_no_run(cli: Callable[[str], Result]) ->
 
 ALWAYS = [
     ("fitt", "unknown 'fitt' (did you mean 'fit'?)"),
-    ("--epochs 3", "unknown '--epochs'; expected one of 'fit', 'evaluate', 'sample', 'plot'"),
+    ("--epochs 3", "unknown '--epochs'; expected one of 'fit', 'evaluate', 'compare', 'sample', 'plot'"),
     ("fit digits", "expected --setting VALUE, got 'digits'"),
     # settings
     ("fit --epoch 3", "--epoch: unknown setting (did you mean 'epochs'?)"),
@@ -605,7 +605,7 @@ ALWAYS = [
     ("fit --encoder MPL", "--encoder: unknown 'MPL' (did you mean 'MLP'?)"),
     ("fit --decoder ConvEncoder", "--decoder: unknown 'ConvEncoder' (did you mean 'ConvDecoder'?)"),
     ("fit --guide MeanField", "--guide: unknown 'MeanField' (did you mean 'MeanFieldGuide'?)"),
-    ("fit --elbo IWAE", "--elbo: unknown 'IWAE'; expected "),
+    ("fit --elbo IWEA", "--elbo: unknown 'IWEA' (did you mean 'IWAE'?); expected "),
     ("fit --elbo TraceELBO", "--elbo: unknown 'TraceELBO' (did you mean 'Trace_ELBO'?)"),
     ("fit --optimizer Adan", "--optimizer: unknown 'Adan' (did you mean 'Adam'?)"),
     ("fit --data digts", "--data: unknown 'digts' (did you mean 'digits'?)"),

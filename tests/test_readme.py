@@ -1,25 +1,31 @@
-"""The README's Python examples run as they stand."""
+"""The Python examples of the README and of the docs run as they stand."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = {
+    f"{path.stem}-{i}": example
+    for path in TEXTS
+    for i, example in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+}
 
 
-def test_there_are_three_examples() -> None:
-    assert len(EXAMPLES) == 3
+def test_every_text_has_examples() -> None:
+    assert {name.partition("-")[0] for name in EXAMPLES} == {path.stem for path in TEXTS}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["pieces", "plain_pyro", "pyro_svi"])
-def test_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {"__name__": "example"})
+    exec(compile(EXAMPLES[name], name, "exec"), {"__name__": "example"})
     assert not list(tmp_path.iterdir())
 
 
-def test_every_link_to_a_file_exists() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README.read_text()):
-        assert (README.parent / target).exists(), target
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_every_link_to_a_file_exists(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target

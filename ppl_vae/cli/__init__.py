@@ -1,4 +1,4 @@
-"""The command line: ``ppl-vae fit | evaluate | sample | plot``.
+"""The command line: ``ppl-vae fit | evaluate | compare | sample | plot``.
 
 The settings of a piece are the arguments of its class, those of a command the arguments of the function
 behind it. What is wrong with them is said in one line on stderr, and the exit code is 2.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from ppl_vae._checks import check_choice
+from ppl_vae.cli.comparing import COMPARE_SETTINGS, compare
 from ppl_vae.cli.fitting import FIT_SETTINGS, fit
 from ppl_vae.cli.saved import RUN_SETTINGS, evaluate, plot, sample
 from ppl_vae.cli.settings import Help
@@ -24,12 +25,14 @@ Variational autoencoders as Pyro model / guide pairs.
 
   fit       train a pair on data, evaluate it, draw plots, save all in a folder
   evaluate  ELBO, its parts and log p(x) of a saved run
+  compare   ELBO estimators side by side: bounds, gradient noise and bias, time, memory
   sample    draw data from a saved run's prior
   plot      draw the plots of a saved run again
 
 ppl-vae fit                          a small VAE on handwritten digits, in under a minute
 ppl-vae fit --data mnist --output runs/mnist
 ppl-vae fit --encoder ConvEncoder --decoder ConvDecoder --latent_dim 8 --output runs/conv
+ppl-vae compare runs/mnist --estimators "trace,stl,iwae(50),dreg(50)"
 ppl-vae COMMAND --help               all settings; with --guide NAME etc. those of that class
 
 With the environment variable PPL_VAE_DEBUG=1 an error shows where it came from."""
@@ -40,6 +43,7 @@ _FAILURES = (FloatingPointError, RuntimeError)
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "fit": fit,
     "evaluate": evaluate,
+    "compare": compare,
     "sample": sample,
     "plot": plot,
 }
@@ -94,4 +98,4 @@ def _as_setting(reason: str) -> str:
     name = re.split(r"[:.\[]", reason, maxsplit=1)[0]
     if name == "x":  # how programs call the data
         return f"--data: {reason}"
-    return f"--{reason}" if name in FIT_SETTINGS | RUN_SETTINGS else reason
+    return f"--{reason}" if name in FIT_SETTINGS | RUN_SETTINGS | COMPARE_SETTINGS else reason

@@ -78,7 +78,7 @@ def fit(words: list[str]) -> None:
         raise ValueError(f"expected --setting VALUE, got {positional[0]!r}")
     sources = [_read_config(typed["config"])] if "config" in typed else []
     sources.append(Source(typed))
-    given, saved = _given(*sources), None
+    given, saved = given_by(*sources), None
     data, output, overwrite, resume = (
         given.value(name, FIT_SETTINGS[name]) for name in ("data", "output", "overwrite", "resume")
     )
@@ -87,8 +87,8 @@ def fit(words: list[str]) -> None:
     folder = Path(output or f"runs/{Path(data).resolve().stem or 'data'}")
     if resume and (folder / CONFIG).is_file():
         saved = _settings_of_run(read_config(folder), folder / CONFIG)
-        given = _given(saved, *sources)
-    chosen = _choose(given, typed)
+        given = given_by(saved, *sources)
+    chosen = choose_pieces(given, typed)
     table = FIT_SETTINGS | settings_of_pieces(chosen)
     if asks_help:
         text = "Train a pair on data, evaluate it, draw plots, and save all in a folder."
@@ -98,14 +98,14 @@ def fit(words: list[str]) -> None:
         values["binarization"] = "dynamic"
     check_positive_int("num_particles", values["num_particles"])
     if saved is not None:
-        _check_unchanged(given, values, _given(saved), table)
+        _check_unchanged(given, values, given_by(saved), table)
     kept = values if saved is None else saved.values
     command = {name: value for name, value in kept.items() if name in given and name not in _PASSING}
     own = [f"--{piece}={values[piece]}" for piece in chosen if values[piece] not in {None, *known(piece)}]
     own += [f"--{k}={typed[k]}" for k in ("root", "device", "num_particles") if k in typed]
     again = shlex.join(["ppl-vae", "fit", "--output", str(folder), *own, "--resume"])
     try:
-        run, dataset = _train(values | {"output": folder, "notes": {"command": command}}, chosen)
+        run, dataset = train(values | {"output": folder, "notes": {"command": command}}, chosen)
         if run.interrupted:
             raise KeyboardInterrupt
         measure(run, dataset, "test", {k: values[k] for k in ("num_particles", "device", "progress")})
@@ -117,7 +117,8 @@ def fit(words: list[str]) -> None:
     print(f"run: {folder}")
 
 
-def _given(*sources: Source) -> Given:
+def given_by(*sources: Source) -> Given:
+    """Return what sources set, later ones winning."""
     return Given(*sources, defaults={piece: info.default for piece, info in PIECES.items()})
 
 
@@ -156,7 +157,7 @@ def _flatten(settings: Mapping[Any, Any]) -> dict[str, Any]:
     return flat
 
 
-def _choose(given: Given, typed: Mapping[str, Any]) -> dict[str, Any]:
+def choose_pieces(given: Given, typed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the class or function of each piece; forget the settings of pieces that none takes."""
     strange = [
         f"--{piece} {name}"
@@ -199,7 +200,7 @@ def _check_unchanged(
                 raise ValueError(f"--{name}: the run to resume was made with {before!r}, got {got!r}")
 
 
-def _train(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[Run, Dataset]:
+def train(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[Run, Dataset]:
     """Build the pair for the data and train it."""
     latent_dim, seed = check_positive_int("latent_dim", values["latent_dim"]), check_seed(values["seed"])
     options: dict[str, dict[str, Any]] = {piece: {} for piece in chosen}

@@ -58,7 +58,7 @@ def evaluate(words: list[str]) -> None:
     run, values = _told("evaluate", text, words, {"split", "root", *own})
     check_choice("split", values["split"], ("train", "validation", "test"))
     measure(
-        run, _data_of(run, values), values["split"], {name: values[name] for name in own if name != "data"}
+        run, data_of(run, values), values["split"], {name: values[name] for name in own if name != "data"}
     )
 
 
@@ -66,7 +66,7 @@ def sample(words: list[str]) -> None:
     """Draw data from a saved run's prior."""
     run, values = _told("sample", "Draw data from a saved run's prior.", words, {"size", "seed", "output"})
     size, seed = check_positive_int("size", values["size"]), check_seed(values["seed"])
-    output = Path(values["output"] or _folder(run) / "samples.npz")
+    output = Path(values["output"] or folder_of(run) / "samples.npz")
     if output.suffix not in (".npz", ".png"):
         raise ValueError(f"--output: expected a file ending in .npz or .png, got {str(output)!r}")
     with seeded(seed):
@@ -74,20 +74,20 @@ def sample(words: list[str]) -> None:
     if output.suffix == ".npz":
         file = io.BytesIO()
         np.savez(file, x=samples.x.numpy(), mean=samples.mean.numpy())
-        _write(output, file.getvalue())
+        write_file(output, file.getvalue())
     else:
         try:
             axes = plots.plot_samples(samples)
         except ValueError as error:
             raise ValueError(f"--output: {output}: {error}") from error
-        _save_figure(axes, output)
+        save_figure(axes, output)
     print(f"samples: {output}")
 
 
 def plot(words: list[str]) -> None:
     """Draw the plots of a saved run again."""
     run, values = _told("plot", "Draw the plots of a saved run into RUN/plots.", words, {"data", "root"})
-    print(f"plots: {draw(run, _data_of(run, values))}")
+    print(f"plots: {draw(run, data_of(run, values))}")
 
 
 def _told(command: str, text: str, words: list[str], names: set[str]) -> tuple[Run, dict[str, Any]]:
@@ -100,10 +100,10 @@ def _told(command: str, text: str, words: list[str], names: set[str]) -> tuple[R
     if len(folders) != 1:
         got = ", ".join(map(repr, folders)) or "none"
         raise ValueError(f"RUN: expected the folder of a saved run, as in `ppl-vae {command} RUN`, got {got}")
-    return _load_run(Path(folders[0]), values["classes"]), values
+    return load_saved(Path(folders[0]), values["classes"]), values
 
 
-def _load_run(folder: Path, names: str | None) -> Run:
+def load_saved(folder: Path, names: str | None) -> Run:
     """Load a run that is made of the library's classes and of the user's that are named."""
     own = [find(name.strip(), "--classes") for name in (names or "").split(",") if name.strip()]
     config = read_config(folder)
@@ -131,7 +131,7 @@ def _paths(description: Any) -> set[str]:
     return named.union(*map(_paths, description.values()))
 
 
-def _data_of(run: Run, values: Mapping[str, Any]) -> Dataset:
+def data_of(run: Run, values: Mapping[str, Any]) -> Dataset:
     """Load the data that a run was trained on, or others that were named."""
     source = run.config["data"].get("source")
     source = source if isinstance(source, dict) else {}
@@ -155,12 +155,12 @@ def measure(run: Run, dataset: Dataset, split: str, options: Mapping[str, Any]) 
     result = ppl_vae.evaluate(run.model, run.guide, getattr(dataset, split), **options)
     print(result)
     found = {"data": dataset.name, "split": split, "epoch": run.best_epoch} | result.summary()
-    _write(_folder(run) / EVALUATION, yaml.safe_dump(found, sort_keys=False).encode())
+    write_file(folder_of(run) / EVALUATION, yaml.safe_dump(found, sort_keys=False).encode())
 
 
 def draw(run: Run, dataset: Dataset) -> Path:
     """Draw every plot that the run and its data allow into the run's folder, and return where they are."""
-    folder, model, guide = _folder(run) / "plots", run.model, run.guide
+    folder, model, guide = folder_of(run) / "plots", run.model, run.guide
     if folder.is_symlink():  # in a stranger's run it may lead anywhere
         raise ValueError(f"{folder}: expected a folder, got a link")
     device = place(None, model, guide)
@@ -192,24 +192,27 @@ def draw(run: Run, dataset: Dataset) -> Path:
             except Exception as error:  # a program of the user's need not allow all
                 warnings.warn(f"no plot of {name}: {error}", stacklevel=2)
             else:
-                _save_figure(axes, folder / f"{name}.png")
+                save_figure(axes, folder / f"{name}.png")
     return folder
 
 
-def _folder(run: Run) -> Path:
+def folder_of(run: Run) -> Path:
+    """Return the folder of a run that was saved."""
     return run.path or Path()
 
 
-def _save_figure(axes: Any, path: Path) -> None:
+def save_figure(axes: Any, path: Path) -> None:
+    """Write the figure of some axes as an image."""
     import matplotlib.pyplot as plt
 
     file = io.BytesIO()
     axes.figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(axes.figure)
-    _write(path, file.getvalue())
+    write_file(path, file.getvalue())
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a command's output, or raise naming it."""
     try:
         path.parent.mkdir(exist_ok=True)
         write(path, content)

@@ -49,6 +49,7 @@ def in_own_store(program: Program) -> Program:
                 )
         return result
 
+    run.__wrapped__ = program  # type: ignore[attr-defined]  # for `inspect.unwrap`
     return run
 
 

@@ -19,6 +19,7 @@ _KEYS = [
     "validation_elbo",
     "validation_reconstruction",
     "validation_kl_z",
+    "kl_weight",
     "learning_rate",
     "seconds",
 ]

@@ -23,6 +23,7 @@ from ppl_vae._random import seeded
 from ppl_vae.data import Split, batches
 from ppl_vae.description import describe
 from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
+from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.placing import place, prepare_data
 from ppl_vae.infer.running import (
     Program,
@@ -159,8 +160,7 @@ def fit(
         | {name: version(name) for name in ("ppl-vae", "torch", "pyro-ppl")},
         "model": describe(model),
         "guide": describe(guide),
-        "elbo": describe(type(elbo))
-        | {k: describe(v) for k, v in vars(elbo).items() if _plain(v) and k != "max_plate_nesting"},
+        "elbo": {k: v for k, v in describe(elbo).items() if k != "max_plate_nesting"},
         "optimizer": describe(optimizer),
         "learning_rate": describe(learning_rate),
         "scheduler": describe(scheduler),
@@ -194,6 +194,8 @@ def fit(
         with running_on("data", batch):
             svi.setup(*batch)
         _settle(elbo, model, guide, batch)
+        if isinstance(elbo, Estimator):
+            elbo.step.zero_()
         observed = check_all(model, guide, train, "data", where)
         if held_out is not None:
             in_validation = check_all(model, guide, held_out, "validation", where)
@@ -287,7 +289,3 @@ def _describe_data(data: Any) -> dict[str, Any]:
 
 def _checksum(tensor: Tensor) -> str:
     return f"{zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes()):08x}"
-
-
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ppl_vae._random import seeded
 from ppl_vae.data import Split, batches, num_batches
 from ppl_vae.infer.checking import Observation, check_batch
+from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.log_weights import terms
 from ppl_vae.infer.recording import SiteRecorder, term_sums
 from ppl_vae.infer.running import (
@@ -141,6 +142,9 @@ class Training:
             except ArithmeticError as error:
                 name = type(self.scheduler).__name__
                 raise ValueError(f"scheduler: {name} fails after epoch {epoch}: {error}") from error
+        estimator = self.svi.objective.estimator
+        if isinstance(estimator, Estimator) and callable(estimator.kl_weight):
+            record["kl_weight"] = float(estimator.at_step(estimator.kl_weight))
         record |= {
             "learning_rate" if len(rates) == 1 or rates[0] == rates[-1] else f"learning_rate_{i}": float(rate)
             for i, rate in enumerate(rates)
@@ -158,9 +162,7 @@ class Training:
         for step, batch in enumerate(self._batches(), 1):
             if unchecked:
                 check_batch(f"data, batch {step}", batch, self.observed)
-            with SiteRecorder() as recorder:
-                loss = self.svi.step(*batch)
-            sums = recorder.sums()
+            loss, sums = self._step(batch)
             if sums is None:
                 with evaluating(self.run.model, self.run.guide):
                     sums = term_sums(terms(self.run.model, self.run.guide, *batch))
@@ -177,6 +179,16 @@ class Training:
         self._check_losses(losses, epoch, step, snapshot)
         self._check_parameters(epoch, step)
         return _per_datum(totals, count)
+
+    def _step(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Take a step; return its loss and the parts of the true ELBO, if the step gives them."""
+        estimator = self.svi.objective.estimator
+        if isinstance(estimator, Estimator):
+            loss = self.svi.step(*batch)
+            return loss, None if estimator.terms is None else term_sums(estimator.terms)
+        with SiteRecorder() as recorder:
+            loss = self.svi.step(*batch)
+        return loss, recorder.sums()
 
     def _batches(self) -> Iterable[tuple[Tensor, ...]]:
         for batch in batches(self.train, self.batch_size, device=self.device, shuffle=True):
@@ -247,9 +259,15 @@ class Training:
 
     # -- state ---------------------------------------------------------------------------------
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that training changes by name, but for the optimiser's."""
+        estimator = self.svi.objective.estimator
+        own = {"estimator.step": estimator.step} if isinstance(estimator, Estimator) else {}
+        return dict(self.svi.objective.tensors()) | own
+
     def snapshot(self) -> dict[str, Any]:
         """Return a copy of all that training changes, as tensors and JSON data."""
-        tensors = dict(self.svi.objective.tensors())
+        tensors = self._tensors()
         state = {
             "optimizer": saving.flatten(self.optimizer.state_dict(), tensors, "optimizer"),
             "scheduler": None
@@ -261,7 +279,7 @@ class Training:
     def _restore(self, snapshot: dict[str, Any]) -> None:
         tensors, state = snapshot["tensors"], snapshot["state"]
         with torch.no_grad():
-            for name, tensor in self.svi.objective.tensors().items():
+            for name, tensor in self._tensors().items():
                 tensor.copy_(tensors[name])
         for name, holder in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
             if holder is not None:
@@ -335,7 +353,7 @@ class Training:
         if not path.exists():
             return
         tensors, state = saving.read_tensors(path)
-        own = self.svi.objective.tensors()
+        own = self._tensors()
         saving.check_tensors(own, {k: v for k, v in tensors.items() if k in own}, path)
         try:
             self._restore(
@@ -355,7 +373,7 @@ class Training:
         self.run.history, self.run.best_epoch = history, best_epoch
         if self.validation is not None:
             best, _ = saving.read_tensors(folder / saving.MODEL)
-            saving.check_tensors(own, best, folder / saving.MODEL)
+            saving.check_tensors(self.svi.objective.tensors(), best, folder / saving.MODEL)
             self.best = (best_elbo, {k: v.to(self.device) for k, v in best.items()})
 
     def _check_optimizer_state(self) -> None:

@@ -1,0 +1,165 @@
+"""The base of the library's ELBO estimators."""
+
+import contextlib
+import functools
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ppl_vae._checks import check_at_least, check_positive_int
+from ppl_vae.infer.log_weights import Terms
+from ppl_vae.infer.running import Program
+from ppl_vae.infer.schedules import Schedule
+from ppl_vae.infer.scoring import Gradient, Scores, check_reparameterized, score
+
+
+class Estimator(ELBO):
+    """An estimator made of per-datum log weights; a ``pyro.infer.ELBO`` for ``pyro.infer.SVI`` too.
+
+    All draws are made in one vectorised pass. The loss is the negative objective, summed over the
+    batch and multiplied by N / B in a subsampling plate, outside any logarithm.
+
+    A subclass gives ``objective``: its value and its gradient are the estimator.
+
+    Args:
+        num_particles: K, the number of draws per datum.
+        kl_weight: multiplies log q(z | x) - log p(z) of each latent site: a number from 0, or a function of
+            the number of gradient steps taken, such as ``LinearWarmup``. A site that the programs scale
+            with ``poutine.scale``, in the model, the guide or both, has that weight in addition.
+
+    Attributes:
+        step: the number of gradients taken, a scalar tensor.
+        terms: the parts of the true ELBO at the last call, ``[num_particles, n]``; None before.
+
+    Raises:
+        TypeError, ValueError: if ``num_particles`` is not a whole number above 0 or a weight below 0.
+    """
+
+    gradient: Gradient = "full"  # which way gradients reach the guide
+
+    def __init__(self, num_particles: int = 1, *, kl_weight: float | Schedule = 1.0) -> None:
+        super().__init__(
+            num_particles=check_positive_int("num_particles", num_particles), max_plate_nesting=1
+        )
+        self.kl_weight = kl_weight if callable(kl_weight) else check_at_least("kl_weight", kl_weight)
+        self.step = torch.zeros((), dtype=torch.int64)
+        self.terms: Terms | None = None
+
+    @abstractmethod
+    def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
+        """Return what is maximised, per datum, nats, ``[n]``; its gradient is the estimator's."""
+
+    def drawing(self) -> Messenger | None:
+        """Return what makes the draws of the guide; None for the guide itself."""
+        return None
+
+    def check(self, scores: Scores) -> None:
+        """Raise if the estimator is wrong for a guide; here, for one with draws without a gradient."""
+        if self.gradient != "score":
+            why = f"{type(self).__name__} takes its gradient through the draws"
+            check_reparameterized(scores.guide_sites, why)
+
+    def differentiable_loss(self, model: Program, guide: Program, *batch: Tensor) -> Tensor:
+        """Return the loss, a scalar, whose gradient is the estimator's."""
+        if self.step.device != batch[0].device:
+            self.step = self.step.to(batch[0].device)
+        scores = score(
+            model,
+            guide,
+            *batch,
+            num_particles=self.num_particles,
+            gradient=self.gradient,
+            drawing=self.drawing(),
+        )
+        self.check(scores)
+        objective = self.objective(scores, self.at_step(self.kl_weight))
+        self.terms = scores.terms()
+        if torch.is_grad_enabled():
+            with contextlib.suppress(RuntimeError):  # torch.func lets nothing be counted
+                self.step += 1
+        return -(scores.scale * objective).sum()
+
+    def at_step(self, value: float | Schedule) -> Any:
+        """Return a setting's value at the present step."""
+        return value(self.step) if callable(value) else value
+
+    def loss(self, model: Program, guide: Program, *batch: Tensor) -> Tensor:
+        """Return the loss, a scalar without gradients."""
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *batch)
+
+    def loss_and_grads(self, model: Program, guide: Program, *batch: Tensor) -> Tensor:
+        """Add the loss's gradients to ``grad`` of the parameters; return the loss, detached."""
+        loss = self.differentiable_loss(model, guide, *batch)
+        loss.backward()
+        return loss.detach()
+
+    def _get_trace(self, *args: Any, **kwargs: Any) -> Any:  # Pyro's way to run one particle at a time
+        raise NotImplementedError(f"{type(self).__name__} runs all particles in one pass")
+
+
+def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """Return ``value`` with the gradient of ``surrogate``."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def scale_gradients(scores: Scores, factors: Tensor) -> None:
+    """Multiply the gradient that reaches each draw from the scores by ``factors``, ``[K, n]``."""
+    for name, z in scores.draws.items():
+        if z.requires_grad:
+            events = (1,) * len(scores.model_sites[name]["fn"].event_shape)
+            by = factors.reshape(factors.shape + events)
+            by = by[0] if z.dim() < by.dim() else by
+            z.register_hook(functools.partial(torch.mul, by))
+
+
+def two_objectives(scores: Scores, kl_weight: Any, model_shares: Tensor, guide_shares: Tensor) -> Tensor:
+    """Return ``[n]`` whose gradient weighs draws by some shares for the model, by others for the guide.
+
+    Args:
+        scores: of a run with ``gradient="full"``.
+        kl_weight: as in ``Scores.log_weights``.
+        model_shares: ``[K, n]``, constants.
+        guide_shares: ``[K, n]``, constants.
+    """
+    # one too small to be told from zero is raised, so that the guide's can be recovered from it
+    model_shares = model_shares.clamp(min=torch.finfo(model_shares.dtype).eps ** 2)
+    scale_gradients(scores, guide_shares / model_shares)
+    joint = scores.reconstruction
+    for name, log_prob in scores.prior.items():
+        joint = joint + kl_weight * scores.weights[name] * log_prob
+    log_q = sum(kl_weight * scores.weights[name] * log_prob for name, log_prob in scores.guide.items())
+    return (model_shares * joint - guide_shares * log_q).sum(0)
+
+
+def check_baseline(estimator: Estimator, scores: Scores) -> None:
+    """Raise if a site needs the score function and there is no second draw for a baseline."""
+    for name, site in scores.guide_sites.items():
+        if estimator.num_particles < 2 and not site["fn"].has_rsample:
+            raise ValueError(
+                f"num_particles: expected at least 2, since site {name!r} is not reparameterised and the "
+                f"other draws are the baseline of its score function, got {estimator.num_particles}"
+            )
+
+
+def with_score_function(scores: Scores, log_weights: Tensor, bound: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``bound(log_weights)``, ``[n]``, with the score function for sites that are not reparameterised.
+
+    Each draw's baseline is the bound without it: its log weight replaced by the mean of the others'.
+    """
+    value = bound(log_weights)
+    discrete = [scores.guide[name] for name, site in scores.guide_sites.items() if not site["fn"].has_rsample]
+    if not discrete or not torch.is_grad_enabled():
+        return value
+    constant = log_weights.detach()
+    k = len(constant)
+    others = (constant.sum(0) - constant) / (k - 1)
+    own = torch.eye(k, dtype=torch.bool, device=constant.device).unsqueeze(-1)
+    without = torch.where(own, others.unsqueeze(0), constant.unsqueeze(1))  # [K, without one of K, n]
+    advantage = value.detach() - bound(without)
+    return with_gradient_of(value, value + (advantage * sum(discrete)).sum(0))
