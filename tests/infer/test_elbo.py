@@ -407,7 +407,7 @@ def test_full_rank_guide_has_a_closed_form(kind: str, k: int) -> None:
 
 
 def test_each_site_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="ppl_vae.infer.elbo")
+    caplog.set_level(logging.INFO, logger="ppl_vae")
     model, guide = two_site_pair()
     x, elbo = torch.randn(6, 3).double(), KL_ELBO()
     assert elbo.analytic == {}
@@ -443,7 +443,7 @@ class MixturePrior(nn.Module):
 
 @pytest.mark.parametrize("which", ["flow guide", "mixture prior"])
 def test_unknown_closed_form_is_sampled_and_said(which: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="ppl_vae.infer.elbo")
+    caplog.set_level(logging.INFO, logger="ppl_vae")
     model, guide = vae_pair()
     pair: tuple[Program, Program] = (model, FlowGuide())
     if which == "mixture prior":

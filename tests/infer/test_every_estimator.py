@@ -141,3 +141,23 @@ def test_one_datum_is_enough(name: str) -> None:
         pytest.skip("a covariance takes two")
     model, guide, _ = PAIRS["VAE"]()
     assert math.isfinite(Objective(model, guide, ESTIMATORS[name]()).loss_and_grads(bits(1)))
+
+
+@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"EnumELBO"}))
+def test_torch_func_takes_the_same_gradient(name: str) -> None:
+    model, guide, _ = PAIRS["VAE"]()
+    x, objective = bits(), Objective(model, guide, ESTIMATORS[name]())
+    objective.setup(x)
+    parameters = {k: p.detach() for k, p in objective.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(objective, parameters, (x,))
+
+    pyro.set_rng_seed(1)
+    found = torch.func.grad(loss)(parameters)
+    pyro.set_rng_seed(1)
+    if hasattr(objective.estimator, "step"):
+        objective.estimator.step.zero_()
+    objective.loss_and_grads(x)
+    for k, p in objective.named_parameters():
+        torch.testing.assert_close(found[k], p.grad)

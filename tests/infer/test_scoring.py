@@ -431,7 +431,8 @@ def test_masked_data_have_an_objective_of_zero(make: Callable[[float], Estimator
         estimator.analytic_kl = False  # a mask leaves no closed form, so none in what it is compared with
     expected = objective(estimator, *check_pair()[:2]) * MASK
     found = objective(estimator, *masked_pair(MASK, way))
-    torch.testing.assert_close(found, expected, **CLOSE)
+    if way == "distribution" or not isinstance(estimator, RelaxedELBO):  # which has no other KL than that
+        torch.testing.assert_close(found, expected, **CLOSE)
     assert (found[MASK] != 0).all() and (found[~MASK] == 0).all()
 
 
@@ -790,3 +791,20 @@ def test_path_gradient_of_a_flow(flow: str) -> None:
 def test_wrong_settings(make: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         make()
+
+
+def test_a_weight_of_the_likelihood_alone_is_inside_the_logarithm() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            with poutine.scale(scale=0.5):
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    guide = check_pair()[1]
+    torch.manual_seed(3)
+    plain = score(*check_pair()[:2], X, num_particles=7)
+    torch.manual_seed(3)
+    scores = score(model, guide, X, num_particles=7)
+    expected = (0.5 * plain.reconstruction - plain.kl("z")).logsumexp(0) - math.log(7)
+    torch.testing.assert_close(IWAE(7).objective(scores, 1.0), expected, **CLOSE)
+    assert scores.scale == 1

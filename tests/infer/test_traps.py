@@ -315,7 +315,6 @@ def test_trap_14_relaxed_guide_of_a_discrete_model() -> None:
 
     estimator = RelaxedELBO(temperature=0.5)
     estimator.loss_and_grads(model, discrete_guide(logits), x)
-    assert estimator.analytic == {"y": True}
     assert ((seen[0] == 0) | (seen[0] == 1)).all() and (seen[0].sum(-1) == 1).all()
     assert logits.grad is not None and (logits.grad != 0).all()
 

@@ -1,18 +1,15 @@
-"""Estimators of the ELBO itself: with the KL divergence under control, and sticking the landing."""
+"""The ELBO with its KL divergence under control."""
 
 import logging
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
-from torch.distributions.kl import kl_divergence
 
 from ppl_vae._checks import check_at_least, check_choice
+from ppl_vae.infer.divergence import site_kl
 from ppl_vae.infer.estimator import Estimator
-from ppl_vae.infer.running import Site
 from ppl_vae.infer.schedules import Schedule
-from ppl_vae.infer.scoring import Gradient, Scores
+from ppl_vae.infer.scoring import Scores
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +81,11 @@ class KL_ELBO(Estimator):
 
     def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
         """Return reconstruction minus the weighted KL, ``[n]``."""
-        kls = {name: self._kl(name, scores) for name in scores.guide}
+        by_dimension = self.free_bits is not None and self.free_bits_per == "dimension"
+        kls = {
+            name: site_kl(name, scores, closed_form=self.analytic_kl, by_dimension=by_dimension)
+            for name in scores.guide
+        }
         if kls.keys() and self.analytic != (found := {name: known for name, (_, known) in kls.items()}):
             self.analytic = found
             for name, known in found.items():
@@ -102,88 +103,3 @@ class KL_ELBO(Estimator):
                 kl = kl.mean(0).clamp(min=self.free_bits).sum(-1)
             reconstruction = reconstruction - kl_weight * scores.weights[name] * kl
         return reconstruction
-
-    def _kl(self, name: str, scores: Scores) -> tuple[Tensor, bool]:
-        """Return a site's KL, ``[n, dimensions or 1]``, and whether it is a closed form."""
-        q, by_dimension = scores.guide_sites[name], self.free_bits is not None
-        p = scores.model_sites.get(name)
-        by_dimension &= self.free_bits_per == "dimension"
-        if p is None:
-            return scores.kl(name).mean(0).unsqueeze(-1), False
-        if self.analytic_kl and q["mask"] is None and p["mask"] is None:
-            kl = _closed_form(q["fn"], p["fn"], by_dimension=by_dimension)
-            if kl is not None:
-                _check_order(name, scores)
-                kl = kl if by_dimension else kl.unsqueeze(-1)
-                return (kl.mean(0) if kl.dim() == 3 else kl).expand(scores.reconstruction.shape[1], -1), True
-        if not by_dimension:
-            return scores.kl(name).mean(0).unsqueeze(-1), False
-        masked = q["mask"] is not None or p["mask"] is not None
-        if masked or not (factorises(q["fn"]) and factorises(p["fn"])):
-            raise ValueError(
-                "free_bits: expected model and guide that factorise over the dimensions (`.to_event(1)`) and "
-                f"have no mask at site {name!r}, or free_bits_per='site'"
-            )
-        z = q["value"]
-        kl = q["fn"].base_dist.log_prob(z) - p["fn"].base_dist.log_prob(scores.draws[name])
-        kl = kl.expand(*torch.broadcast_shapes(kl.shape[:-1], scores.reconstruction.shape), -1)
-        return kl.mean(0), False
-
-
-class STL_ELBO(Estimator):
-    r"""The ELBO with the gradient that sticks the landing: through the draws alone.
-
-    The guide's parameters are constants in :math:`\log q(z \mid x)`; what is left out has mean zero. At
-    the exact posterior the gradient is zero, draw by draw, where that of ``Trace_ELBO`` has a standard
-    deviation of about 1.4 per parameter. A guide of several sites, or one that holds networks in its
-    distributions (a flow), is run twice.
-
-    References:
-        Sticking the Landing (Roeder et al., 2017), arXiv:1703.09194
-
-    Args:
-        num_particles: the number of draws per datum.
-        kl_weight: multiplies the KL: a number from 0 or a schedule.
-
-    Raises:
-        ValueError: on a run, if a site of the guide is not reparameterised.
-    """
-
-    gradient: Gradient = "path"
-
-    def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
-        """Return the mean of the log weights, ``[n]``."""
-        return scores.log_weights(kl_weight).mean(0)
-
-
-def factorises(fn: Any) -> bool:
-    """Return whether a distribution is one of independent dimensions: ``.to_event(1)``."""
-    return isinstance(fn, Independent) and fn.reinterpreted_batch_ndims == 1 and not fn.base_dist.event_shape
-
-
-def _closed_form(q: Any, p: Any, *, by_dimension: bool) -> Tensor | None:
-    """Return KL(q || p), ``[*particles, n]`` or ``[*particles, n, dimensions]``, or None if not known."""
-    if by_dimension:
-        if not (factorises(q) and factorises(p)):
-            return None
-        q, p = q.base_dist, p.base_dist
-    elif isinstance(q, (MultivariateNormal, LowRankMultivariateNormal)) and factorises(p):
-        if isinstance(p.base_dist, Normal):
-            p = MultivariateNormal(p.base_dist.loc, scale_tril=p.base_dist.scale.diag_embed())
-    try:
-        return kl_divergence(q, p)
-    except NotImplementedError:
-        return None
-
-
-def _check_order(name: str, scores: Scores) -> None:
-    """Raise unless all that the model draws before a site, the guide draws before it too."""
-    before = {}
-    for program, sites in (("model", scores.model_sites), ("guide", scores.guide_sites)):
-        names: list[Site] = list(sites)
-        before[program] = set(names[: names.index(name)])
-    if later := sorted(before["model"] - before["guide"]):
-        raise ValueError(
-            f"site {name!r}: the closed form of its KL is wrong here: the model draws it after {later}, "
-            "the guide before; draw the sites in one order in both, or set analytic_kl=False"
-        )

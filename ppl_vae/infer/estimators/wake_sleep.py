@@ -8,8 +8,12 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_at_least
-from ppl_vae.infer.estimator import Estimator, scale_gradients, with_gradient_of
-from ppl_vae.infer.importance import log_mean_exp
+from ppl_vae.infer.bounds import log_mean_exp
+from ppl_vae.infer.estimator import Estimator
+from ppl_vae.infer.gradients import (
+    scale_gradients,
+    with_gradient_of,
+)
 from ppl_vae.infer.log_weights import per_datum_log_prob
 from ppl_vae.infer.running import Program, latent_sites
 from ppl_vae.infer.scoring import Scores

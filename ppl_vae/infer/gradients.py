@@ -1,0 +1,73 @@
+"""Gradients of an estimator that are not those of its value."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_vae.infer.estimator import Estimator
+from ppl_vae.infer.scoring import Scores
+
+
+def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """Return ``value`` with the gradient of ``surrogate``."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def scale_gradients(scores: Scores, factors: Tensor) -> None:
+    """Multiply the gradient that reaches each draw from the scores by ``factors``, ``[K, n]``."""
+    for name, z in scores.draws.items():
+        if z.requires_grad:
+            events = (1,) * len(scores.model_sites[name]["fn"].event_shape)
+            by = factors.reshape(factors.shape + events)
+            by = by[0] if z.dim() < by.dim() else by
+            z.register_hook(functools.partial(torch.mul, by))
+
+
+def two_objectives(scores: Scores, kl_weight: Any, model_shares: Tensor, guide_shares: Tensor) -> Tensor:
+    """Return ``[n]`` whose gradient weighs draws by some shares for the model, by others for the guide.
+
+    Args:
+        scores: of a run with ``gradient="full"``.
+        kl_weight: as in ``Scores.log_weights``.
+        model_shares: ``[K, n]``, constants.
+        guide_shares: ``[K, n]``, constants.
+    """
+    # one too small to be told from zero is raised, so that the guide's can be recovered from it
+    model_shares = model_shares.clamp(min=torch.finfo(model_shares.dtype).eps ** 2)
+    scale_gradients(scores, guide_shares / model_shares)
+    joint = scores.reconstruction
+    for name, log_prob in scores.prior.items():
+        joint = joint + kl_weight * scores.weights[name] * log_prob
+    log_q = sum(kl_weight * scores.weights[name] * log_prob for name, log_prob in scores.guide.items())
+    return (model_shares * joint - guide_shares * log_q).sum(0)
+
+
+def check_baseline(estimator: Estimator, scores: Scores) -> None:
+    """Raise if a site needs the score function and there is no second draw for a baseline."""
+    for name, site in scores.guide_sites.items():
+        if estimator.num_particles < 2 and not site["fn"].has_rsample:
+            raise ValueError(
+                f"num_particles: expected at least 2, since site {name!r} is not reparameterised and the "
+                f"other draws are the baseline of its score function, got {estimator.num_particles}"
+            )
+
+
+def with_score_function(scores: Scores, log_weights: Tensor, bound: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``bound(log_weights)``, ``[n]``, with the score function for sites that are not reparameterised.
+
+    Each draw's baseline is the bound without it: its log weight replaced by the mean of the others'.
+    """
+    value = bound(log_weights)
+    discrete = [scores.guide[name] for name, site in scores.guide_sites.items() if not site["fn"].has_rsample]
+    if not discrete or not torch.is_grad_enabled():
+        return value
+    constant = log_weights.detach()
+    k = len(constant)
+    others = (constant.sum(0) - constant) / (k - 1)
+    own = torch.eye(k, dtype=torch.bool, device=constant.device).unsqueeze(-1)
+    without = torch.where(own, others.unsqueeze(0), constant.unsqueeze(1))  # [K, without one of K, n]
+    advantage = value.detach() - bound(without)
+    return with_gradient_of(value, value + (advantage * sum(discrete)).sum(0))
