@@ -71,3 +71,12 @@ def check_at_least(name: str, value: object, least: float = 0.0) -> float:
     if not (math.isfinite(value) and float(value) >= least):
         raise ValueError(f"{name}: expected a finite number from {least:g}, got {value!r}")
     return float(value)
+
+
+def check_number(name: str, value: object) -> float:
+    """Return ``value`` as a ``float``, infinite ones too, or raise if it is no number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if math.isnan(value):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+    return float(value)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from ppl_vae.cli import main
 from ppl_vae.cli.settings import PLAIN, Setting, settings_of
 
+cli_module = importlib.import_module("ppl_vae.cli")
 fitting = importlib.import_module("ppl_vae.cli.fitting")
 
 SMALL = "--latent_dim 2 --epochs 1 --num_particles 2"
@@ -488,7 +489,7 @@ def test_own_functions(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "o", "--num_particles", "2", *classes]) == 0
     capsys.readouterr()
     assert main(["sample", "o", *classes]) == 2  # a model that draws nothing
-    assert "--model: can't be called as model(None, size=64)" in capsys.readouterr().err
+    assert "error: model: can't be called as model(None, size=64)" in capsys.readouterr().err
 
 
 # Resuming and stopping
@@ -633,6 +634,16 @@ ALWAYS = [
     ("fit --encoder.hidden 0", "--encoder.hidden: expected a whole number above 0, got 0"),
     ("fit --encoder.hidden [8,-1]", "--encoder.hidden[1]: expected a whole number above 0, got -1"),
     ("fit --encoder.dropout 1.5", "--encoder.dropout: expected a number in [0, 1), got 1.5"),
+    (
+        "fit --elbo BetaTC_ELBO --elbo.size 10",
+        "--elbo.size: expected at least the batch's 48 data, got 10",
+    ),
+    ("fit --elbo DIP_ELBO --elbo.site w", "--elbo.site: "),
+    (
+        "fit --elbo ReweightedWakeSleep --elbo.num_particles 1",
+        "--elbo: Reweighted Wake Sleep needs to be run with more than one particle",
+    ),
+    ("fit --elbo IWAE --elbo.num_particles 99999999999999999999", "error: "),
     ("fit --elbo.num_particles 0", "--elbo.num_particles: expected a whole number above 0, got 0"),
     (
         "fit --optimizer.weight_decay -1",
@@ -759,7 +770,8 @@ def test_one_line_says_what_is_wrong(
         line += " --epochs 1"
     before = tree(here)
     assert_refused(cli(line), message)
-    Path("runs").rmdir() if "StepLR" in line else None  # the parent of a run that was started
+    if any(name in line for name in ("StepLR", "BetaTC", "DIP", "IWAE ")):
+        Path("runs").rmdir()  # the parent of a run that was started
     assert tree(here) == before
 
 
@@ -807,6 +819,34 @@ def test_bad_input_to_the_program_itself(home: Path) -> None:
     done = subprocess.run([*PROGRAM, "fit", "--data", "nan.npz"], cwd=home, capture_output=True, text=True)
     assert_refused(Result(done.returncode, done.stdout, done.stderr), "--data: nan.npz: x: expected finite x")
     assert tree(home) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "reason", "said"),
+    [
+        ("fit", "size: too small", "size: too small"),
+        ("sample", "size: too small", "--size: too small"),
+        ("evaluate", "size: too small", "size: too small"),
+        ("evaluate", "num_particles: none", "--num_particles: none"),
+        ("plot", "num_particles: none", "num_particles: none"),
+        ("compare", "repeats: one", "--repeats: one"),
+        ("fit", "repeats: one", "repeats: one"),
+        ("fit", "x: of another shape", "--data: x: of another shape"),
+        ("sample", "x: of another shape", "x: of another shape"),
+    ],
+)
+def test_only_settings_of_the_command_are_named_as_such(
+    command: str,
+    reason: str,
+    said: str,
+    cli: Callable[[str], Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(words: list[str]) -> None:
+        raise ValueError(reason)
+
+    monkeypatch.setitem(cli_module._COMMANDS, command, fail)
+    assert cli(command).err == f"ppl-vae {command}: error: {said}\n"
 
 
 def test_debugging_shows_where_an_error_came_from(

@@ -8,14 +8,14 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
 from ppl_vae._checks import check_choice
 from ppl_vae.cli.comparing import COMPARE_SETTINGS, compare
 from ppl_vae.cli.fitting import FIT_SETTINGS, fit
-from ppl_vae.cli.saved import RUN_SETTINGS, evaluate, plot, sample
-from ppl_vae.cli.settings import Help
+from ppl_vae.cli.saved import SETTINGS_OF_RUNS, evaluate, plot, sample
+from ppl_vae.cli.settings import Help, Setting
 
 __all__ = ["main"]
 
@@ -37,7 +37,10 @@ ppl-vae COMMAND --help               all settings; with --guide NAME etc. those 
 
 With the environment variable PPL_VAE_DEBUG=1 an error shows where it came from."""
 
-_WRONG_INPUT = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
+_WRONG_INPUT = (
+    *(ValueError, TypeError, OSError, ImportError, NotImplementedError),
+    *(AssertionError, OverflowError),  # of Pyro and torch, which check some arguments so
+)
 _FAILURES = (FloatingPointError, RuntimeError)
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -46,6 +49,11 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": compare,
     "sample": sample,
     "plot": plot,
+}
+_SETTINGS: dict[str, Mapping[str, Setting]] = {
+    "fit": FIT_SETTINGS,
+    "compare": COMPARE_SETTINGS,
+    **SETTINGS_OF_RUNS,
 }
 
 
@@ -88,14 +96,15 @@ def main(words: Sequence[str] | None = None) -> int:
         except (*_WRONG_INPUT, *_FAILURES) as error:
             if os.environ.get("PPL_VAE_DEBUG"):
                 raise
-            complain(f"error: {_as_setting(str(error) or type(error).__name__)}")
+            complain(f"error: {_as_setting(str(error) or type(error).__name__, name)}")
             return 2 if isinstance(error, _WRONG_INPUT) else 1
     return 0
 
 
-def _as_setting(reason: str) -> str:
-    """Write the argument that an error of the library begins with as the user types it."""
+def _as_setting(reason: str, command: str) -> str:
+    """Write the argument that an error of the library begins with as the user of a command types it."""
     name = re.split(r"[:.\[]", reason, maxsplit=1)[0]
-    if name == "x":  # how programs call the data
+    settings = _SETTINGS.get(command, {})
+    if name == "x" and "data" in settings:  # how programs call the data
         return f"--data: {reason}"
-    return f"--{reason}" if name in FIT_SETTINGS | RUN_SETTINGS | COMPARE_SETTINGS else reason
+    return f"--{reason}" if name in settings else reason

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ppl_vae.cli.saved import RUN_SETTINGS, data_of, folder_of, load_saved, save
 from ppl_vae.cli.settings import Given, Help, Setting, Source, format_help, settings_of, split_words
 from ppl_vae.data import Dataset
 from ppl_vae.evaluation import compare_estimators
+from ppl_vae.evaluation.estimators import check_repeats
 from ppl_vae.infer.placing import place
 from ppl_vae.training import Run
 
@@ -67,15 +69,16 @@ def compare(words: list[str]) -> None:
     seed, size = check_seed(values["seed"]), check_positive_int("size", values["size"])
     num_particles = check_positive_int("num_particles", values["num_particles"])
     check_choice("split", values["split"], ("train", "validation", "test"))
+    check_repeats(values["repeats"], values["reference_particles"], values["reference_repeats"])
     parse_estimators(values["estimators"], num_particles, 1)  # before any training
-    output = Path(values["output"] or (folders[0] if folders else "."))
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output: expected a folder, got the file {output}")
     if folders:
+        if Path(folders[0]).is_file():
+            raise ValueError(f"RUN: expected the folder of a saved run, got the file {folders[0]}")
         run = load_saved(Path(folders[0]), values["classes"])
-        output = Path(values["output"] or folder_of(run))
+        output = _open(Path(values["output"] or folder_of(run)))
         dataset = data_of(run, values)
     else:
+        output = _open(Path(values["output"] or "."))
         run, dataset = _train_default(values)
     estimators = parse_estimators(values["estimators"], num_particles, len(dataset.train))
     place(values["device"], run.model, run.guide)
@@ -86,10 +89,21 @@ def compare(words: list[str]) -> None:
     taken = {name: values[name] for name in names}
     result = compare_estimators(run.model, run.guide, batch, estimators, seed=seed, **taken)
     print(result)
-    output.mkdir(parents=True, exist_ok=True)
     write_file(output / "estimators.csv", result.table.to_csv().encode())
     save_figure(plots.plot_estimators(result), output / "estimators.png")
     print(f"table: {output / 'estimators.csv'}\nplot: {output / 'estimators.png'}")
+
+
+def _open(folder: Path) -> Path:
+    """Make the output's folder, or raise if nothing can be written there."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output: expected a folder, got the file {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"--output: can't write to {folder}: {error.strerror}") from error
+    return folder
 
 
 def _train_default(values: Mapping[str, Any]) -> tuple[Run, Dataset]:
@@ -120,6 +134,7 @@ def parse_estimators(text: str, num_particles: int, data_size: int) -> dict[str,
     """
     classes = _classes()
     named: dict[str, ELBO] = {}
+    words: dict[Any, str] = {}  # by what they stand for
     for word in (word.strip() for word in text.split(",")):
         match = re.fullmatch(r"(\w+)\s*(?:\(\s*(\d+)\s*\))?", word)
         if match is None:
@@ -130,8 +145,6 @@ def parse_estimators(text: str, num_particles: int, data_size: int) -> dict[str,
                 f"--estimators: unknown {match[1]!r}{did_you_mean(key, classes)}; expected classes of "
                 "ppl_vae.infer or pyro.infer such as trace, meanfield, stl, iwae, dreg, vimco"
             )
-        if word in named:
-            raise ValueError(f"--estimators: expected each once, got {word!r} twice")
         made = classes[key]
         particles = check_positive_int(f"--estimators: {word}", int(match[2])) if match[2] else num_particles
         options = {
@@ -142,9 +155,13 @@ def parse_estimators(text: str, num_particles: int, data_size: int) -> dict[str,
             "strict_enumeration_warning": False,
         }
         arguments = inspect.signature(made).parameters
+        other = words.setdefault((made, particles if "num_particles" in arguments else None), word)
+        if other != word or word in named:
+            got = f"{word!r} twice" if other == word else f"{other!r} and {word!r}, which are the same"
+            raise ValueError(f"--estimators: expected each once, got {got}")
         try:
             named[word] = made(**{k: v for k, v in options.items() if k in arguments})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AssertionError, OverflowError) as error:
             raise ValueError(f"--estimators: {word}: {error}") from error
     return named
 

@@ -243,4 +243,11 @@ def train(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[Run, Da
     with seeded(seed):  # what the run is measured on at its end
         check_all(model, guide, prepare_data(dataset.test, "data", cpu), "data", cpu)
     taken = inspect.signature(ppl_vae.fit).parameters
-    return ppl_vae.fit(**{k: v for k, v in values.items() if k in taken} | made), dataset
+    try:
+        run = ppl_vae.fit(**{k: v for k, v in values.items() if k in taken} | made)
+    except ValueError as error:  # what an estimator finds wrong with its arguments when it runs
+        name = str(error).partition(":")[0]
+        if name in arguments(chosen["elbo"]) and name not in taken:
+            raise ValueError(f"--elbo.{error}") from error
+        raise
+    return run, dataset

@@ -178,6 +178,6 @@ def build(
             raise ValueError(f"--{piece}: {made.__name__} takes data of shape [n, d], got [n, {shape}]")
     try:
         return made(**given, **options[piece])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, OverflowError) as error:
         name = re.split(r"\W", str(error), maxsplit=1)[0]
         raise ValueError(f"--{piece}{'.' if name in arguments(made) else ': '}{error}") from error

@@ -49,22 +49,29 @@ RUN_SETTINGS = {
         metavar="NAMES",
     ),
 }
+_EVALUATED = [name for name in inspect.signature(ppl_vae.evaluate).parameters if name in RUN_SETTINGS]
+SETTINGS_OF_RUNS = {
+    command: {name: setting for name, setting in RUN_SETTINGS.items() if name in {"classes", *names}}
+    for command, names in {
+        "evaluate": ("split", "root", *_EVALUATED),
+        "sample": ("size", "seed", "output"),
+        "plot": ("data", "root"),
+    }.items()
+}
 
 
 def evaluate(words: list[str]) -> None:
     """Measure a saved run."""
-    own = [name for name in inspect.signature(ppl_vae.evaluate).parameters if name in RUN_SETTINGS]
     text = "Measure ELBO, its parts and log p(x) of a saved run, and keep them in RUN/evaluation.yaml."
-    run, values = _told("evaluate", text, words, {"split", "root", *own})
+    run, values = _told("evaluate", text, words)
     check_choice("split", values["split"], ("train", "validation", "test"))
-    measure(
-        run, data_of(run, values), values["split"], {name: values[name] for name in own if name != "data"}
-    )
+    options = {name: values[name] for name in _EVALUATED if name != "data"}
+    measure(run, data_of(run, values), values["split"], options)
 
 
 def sample(words: list[str]) -> None:
     """Draw data from a saved run's prior."""
-    run, values = _told("sample", "Draw data from a saved run's prior.", words, {"size", "seed", "output"})
+    run, values = _told("sample", "Draw data from a saved run's prior.", words)
     size, seed = check_positive_int("size", values["size"]), check_seed(values["seed"])
     output = Path(values["output"] or folder_of(run) / "samples.npz")
     if output.suffix not in (".npz", ".png"):
@@ -86,13 +93,13 @@ def sample(words: list[str]) -> None:
 
 def plot(words: list[str]) -> None:
     """Draw the plots of a saved run again."""
-    run, values = _told("plot", "Draw the plots of a saved run into RUN/plots.", words, {"data", "root"})
+    run, values = _told("plot", "Draw the plots of a saved run into RUN/plots.", words)
     print(f"plots: {draw(run, data_of(run, values))}")
 
 
-def _told(command: str, text: str, words: list[str], names: set[str]) -> tuple[Run, dict[str, Any]]:
+def _told(command: str, text: str, words: list[str]) -> tuple[Run, dict[str, Any]]:
     """Return the run and the settings that a command was given."""
-    table = {name: setting for name, setting in RUN_SETTINGS.items() if name in {"classes", *names}}
+    table = SETTINGS_OF_RUNS[command]
     folders, typed = split_words(words)
     if "help" in typed:
         raise Help(format_help(f"ppl-vae {command} RUN [--setting VALUE ...]", text, table))

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -16,4 +17,8 @@ def renyi_bound(log_weights: Tensor, alpha: float) -> Tensor:
         return log_weights.mean(0)
     if math.isinf(alpha):
         return log_weights.amin(0) if alpha > 0 else log_weights.amax(0)
-    return log_mean_exp((1 - alpha) * log_weights) / (1 - alpha)
+    order = 1 - alpha
+    if abs(order) < 0.01:  # where the logarithm of the mean is the small difference of large numbers
+        mean = log_weights.mean(0)
+        return mean + torch.expm1(order * (log_weights - mean)).mean(0).log1p() / order
+    return log_mean_exp(order * log_weights) / order

@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 from torch.distributions.kl import kl_divergence
@@ -58,6 +60,8 @@ def factorises(fn: Any) -> bool:
 
 def _closed_form(q: Any, p: Any, *, by_dimension: bool) -> Tensor | None:
     """Return KL(q || p), ``[*particles, n]`` or ``[*particles, n, dimensions]``, or None if not known."""
+    if any(isinstance(_base(fn), Delta) for fn in (q, p)):  # a density of its own, which Pyro leaves out
+        return None
     if by_dimension:
         if not (factorises(q) and factorises(p)):
             return None
@@ -69,6 +73,12 @@ def _closed_form(q: Any, p: Any, *, by_dimension: bool) -> Tensor | None:
         return kl_divergence(q, p)
     except NotImplementedError:
         return None
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
 
 
 def _check_order(name: str, scores: Scores) -> None:

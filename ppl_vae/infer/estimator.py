@@ -13,7 +13,7 @@ from ppl_vae._checks import check_at_least, check_positive_int
 from ppl_vae.infer.log_weights import Terms
 from ppl_vae.infer.running import Program
 from ppl_vae.infer.schedules import Schedule
-from ppl_vae.infer.scoring import Gradient, Scores, check_reparameterized, score
+from ppl_vae.infer.scoring import Gradient, Scores, check_apart, check_reparameterized, score
 
 
 class Estimator(ELBO):
@@ -39,6 +39,7 @@ class Estimator(ELBO):
     """
 
     gradient: Gradient = "full"  # which way gradients reach the guide
+    weighs_draws = False  # whether the gradient through each draw has a weight of its own
 
     def __init__(self, num_particles: int = 1, *, kl_weight: float | Schedule = 1.0) -> None:
         super().__init__(
@@ -57,7 +58,9 @@ class Estimator(ELBO):
         return None
 
     def check(self, scores: Scores) -> None:
-        """Raise if the estimator is wrong for a guide; here, for one with draws without a gradient."""
+        """Raise if the estimator is wrong for a pair; here, for draws without a gradient, or coupled data."""
+        if self.weighs_draws:
+            check_apart(scores, type(self).__name__)
         if self.gradient != "score":
             why = f"{type(self).__name__} takes its gradient through the draws"
             check_reparameterized(scores.guide_sites, why)
@@ -73,13 +76,14 @@ class Estimator(ELBO):
             num_particles=self.num_particles,
             gradient=self.gradient,
             drawing=self.drawing(),
+            find_coupling=self.weighs_draws,
         )
         self.check(scores)
         objective = self.objective(scores, self.at_step(self.kl_weight))
-        self.terms = scores.terms()
-        if torch.is_grad_enabled():
-            with contextlib.suppress(RuntimeError):  # torch.func lets nothing be counted
+        with contextlib.suppress(RuntimeError):  # torch.func lets nothing be counted
+            if torch.is_grad_enabled():
                 self.step += 1
+            self.terms = scores.terms()
         return -(scores.scale * objective).sum()
 
     def at_step(self, value: float | Schedule) -> Any:
@@ -94,7 +98,8 @@ class Estimator(ELBO):
     def loss_and_grads(self, model: Program, guide: Program, *batch: Tensor) -> Tensor:
         """Add the loss's gradients to ``grad`` of the parameters; return the loss, detached."""
         loss = self.differentiable_loss(model, guide, *batch)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         return loss.detach()
 
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:  # Pyro's way to run one particle at a time

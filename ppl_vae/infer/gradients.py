@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.infer.estimator import Estimator
-from ppl_vae.infer.scoring import Scores
+from ppl_vae.infer.scoring import Scores, check_apart
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def scale_gradients(scores: Scores, factors: Tensor) -> None:
     """Multiply the gradient that reaches each draw from the scores by ``factors``, ``[K, n]``."""
     for name, z in scores.draws.items():
         if z.requires_grad:
-            events = (1,) * len(scores.model_sites[name]["fn"].event_shape)
+            events = (1,) * len(scores.guide_sites[name]["fn"].event_shape)
             by = factors.reshape(factors.shape + events)
             by = by[0] if z.dim() < by.dim() else by
             z.register_hook(functools.partial(torch.mul, by))
@@ -35,6 +35,7 @@ def two_objectives(scores: Scores, kl_weight: Any, model_shares: Tensor, guide_s
         model_shares: ``[K, n]``, constants.
         guide_shares: ``[K, n]``, constants.
     """
+    none = (model_shares == 0) & (guide_shares == 0)
     # one too small to be told from zero is raised, so that the guide's can be recovered from it
     model_shares = model_shares.clamp(min=torch.finfo(model_shares.dtype).eps ** 2)
     scale_gradients(scores, guide_shares / model_shares)
@@ -42,13 +43,21 @@ def two_objectives(scores: Scores, kl_weight: Any, model_shares: Tensor, guide_s
     for name, log_prob in scores.prior.items():
         joint = joint + kl_weight * scores.weights[name] * log_prob
     log_q = sum(kl_weight * scores.weights[name] * log_prob for name, log_prob in scores.guide.items())
-    return (model_shares * joint - guide_shares * log_q).sum(0)
+    return torch.where(none, 0.0, model_shares * joint - guide_shares * log_q).sum(0)
+
+
+def weighted_sum(shares: Tensor, values: Tensor) -> Tensor:
+    """Return the sum over draws of ``shares * values``, without those of share 0, infinite ones say."""
+    return torch.where(shares > 0, shares * values, 0.0).sum(0)
 
 
 def check_baseline(estimator: Estimator, scores: Scores) -> None:
     """Raise if a site needs the score function and there is no second draw for a baseline."""
-    for name, site in scores.guide_sites.items():
-        if estimator.num_particles < 2 and not site["fn"].has_rsample:
+    discrete = [name for name, site in scores.guide_sites.items() if not site["fn"].has_rsample]
+    if discrete:
+        check_apart(scores, type(estimator).__name__)
+    for name in discrete:
+        if estimator.num_particles < 2:
             raise ValueError(
                 f"num_particles: expected at least 2, since site {name!r} is not reparameterised and the "
                 f"other draws are the baseline of its score function, got {estimator.num_particles}"
@@ -64,7 +73,7 @@ def with_score_function(scores: Scores, log_weights: Tensor, bound: Callable[[Te
     discrete = [scores.guide[name] for name, site in scores.guide_sites.items() if not site["fn"].has_rsample]
     if not discrete or not torch.is_grad_enabled():
         return value
-    constant = log_weights.detach()
+    constant = log_weights.detach().clamp(min=-1e30)  # of draws that the model rules out
     k = len(constant)
     others = (constant.sum(0) - constant) / (k - 1)
     own = torch.eye(k, dtype=torch.bool, device=constant.device).unsqueeze(-1)

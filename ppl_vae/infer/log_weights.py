@@ -102,7 +102,9 @@ def per_datum_log_prob(name: str, site: Site) -> Tensor:
     mask = site["mask"]
     if mask is not None:
         log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0)
-    if log_prob.dim() > 2:
+    sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    misfits = [i for i in range(-log_prob.dim(), 0) if log_prob.shape[i] not in (1, sizes.get(i, 1))]
+    if log_prob.dim() > 2 or misfits:
         raise ValueError(
             f"site {name!r}: expected a log-probability of shape [num_particles, {n}], "
             f"got {list(log_prob.shape)}; everything right of the data plate is an event (`.to_event`)"

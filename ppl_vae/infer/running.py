@@ -239,7 +239,7 @@ def data_plate_size(name: str, site: Site) -> int:
             return frame.size
     raise ValueError(
         f'site {name!r}: expected per-datum randomness in `pyro.plate("data", n, dim=-1)`, '
-        f"got plates {[frame.name for frame in site['cond_indep_stack']]}"
+        f"got plates {[(frame.name, frame.dim) for frame in site['cond_indep_stack']]} (name, dim)"
     )
 
 

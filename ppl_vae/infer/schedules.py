@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ppl_vae._checks import check_positive_int
+from ppl_vae._checks import check_at_least, check_positive_int
 
 Schedule = Callable[[Tensor], Tensor]  # of the number of steps taken, a scalar tensor
 
@@ -19,11 +19,11 @@ class LinearWarmup:
 
     Args:
         steps: the number of gradient steps, not epochs.
-        start: the value at the first step.
-        end: the value from step ``steps`` on.
+        start: the value at the first step, at least 0.
+        end: the value from step ``steps`` on, at least 0.
 
     Raises:
-        TypeError, ValueError: if ``steps`` is not a whole number above 0.
+        TypeError, ValueError: if ``steps`` is not a whole number above 0, or a value is below 0.
 
     Example:
         >>> import torch
@@ -37,6 +37,8 @@ class LinearWarmup:
 
     def __post_init__(self) -> None:
         check_positive_int("steps", self.steps)
+        check_at_least("start", self.start)
+        check_at_least("end", self.end)
 
     def __call__(self, step: Tensor) -> Tensor:
         """Return the value at a step, a scalar tensor."""
@@ -53,11 +55,12 @@ class CyclicalWarmup:
     Args:
         period: gradient steps per cycle.
         ramp: the share of a cycle in which the value grows, in (0, 1].
-        start: the value at the start of a cycle.
-        end: the value at the end of the ramp.
+        start: the value at the start of a cycle, at least 0.
+        end: the value at the end of the ramp, at least 0.
 
     Raises:
-        TypeError, ValueError: if ``period`` is not a whole number above 0, or ``ramp`` not in (0, 1].
+        TypeError, ValueError: if ``period`` is not a whole number above 0, ``ramp`` not in (0, 1], or a value
+            is below 0.
 
     Example:
         >>> import torch
@@ -72,6 +75,8 @@ class CyclicalWarmup:
 
     def __post_init__(self) -> None:
         check_positive_int("period", self.period)
+        check_at_least("start", self.start)
+        check_at_least("end", self.end)
         if not 0 < self.ramp <= 1:
             raise ValueError(f"ramp: expected a share of the period in (0, 1], got {self.ramp!r}")
 

@@ -17,8 +17,7 @@ from pyro.poutine.util import is_validation_enabled, site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
 from ppl_vae.infer.log_weights import PARTICLE_DIM, Terms, per_datum_log_prob
@@ -39,17 +38,20 @@ class Scores:
     r"""Log-probabilities of K draws per datum, unscaled by plates, nats, ``[K, n]``.
 
     Attributes:
-        reconstruction: log p(x | z).
+        reconstruction: log p(x | z), weighted where the programs weigh the likelihood alone.
+        log_likelihood: log p(x | z).
         prior: log p(z) of each latent site of the model.
         guide: log q(z | x) of each latent site of the guide.
         weights: the KL weight that the programs give each latent site with ``poutine.scale``; 1 without.
         scale: what the sum over the batch is multiplied by: N / B in a subsampled plate.
-        draws: the draws that the model was run on, by the model's latent sites.
+        draws: the draws that were scored, by the guide's latent sites.
+        coupling: a module of the model that makes a datum's terms depend on other data, if it was looked for.
         model_sites: the model's latent sites.
         guide_sites: the guide's latent sites, in the order of its run.
     """
 
     reconstruction: Tensor
+    log_likelihood: Tensor
     prior: dict[str, Tensor]
     guide: dict[str, Tensor]
     weights: dict[str, Any]
@@ -57,10 +59,13 @@ class Scores:
     draws: dict[str, Tensor]
     model_sites: dict[str, Site]
     guide_sites: dict[str, Site]
+    coupling: nn.Module | None
 
     def log_weights(self, kl_weight: Any = 1.0) -> Tensor:
         """Return log p(x | z) - sum of weight * (log q(z | x) - log p(z)), ``[K, n]``."""
         total = self.reconstruction
+        if is_zero(kl_weight):  # whatever the KL is
+            return total
         for name in self.guide:
             total = total - kl_weight * self.weights[name] * self.kl(name)
         return total
@@ -71,7 +76,7 @@ class Scores:
 
     def terms(self) -> Terms:
         """Return the parts of the ELBO, detached."""
-        return Terms(self.reconstruction.detach(), {name: self.kl(name).detach() for name in self.guide})
+        return Terms(self.log_likelihood.detach(), {name: self.kl(name).detach() for name in self.guide})
 
 
 def score(
@@ -81,6 +86,7 @@ def score(
     num_particles: int = 1,
     gradient: Gradient = "full",
     drawing: Messenger | None = None,
+    find_coupling: bool = False,
 ) -> Scores:
     """Run guide and model on K draws per datum in one pass, and score the draws.
 
@@ -95,6 +101,7 @@ def score(
             constants. A hook on ``Scores.draws`` sees the gradient of the model's log-probabilities, with
             ``"path"`` that of log q too.
         drawing: makes the draws of the guide; None for its own, or constants of them for ``"score"``.
+        find_coupling: look for modules of the model that couple data.
 
     Raises:
         ValueError: if a site is outside the data plate, model and guide have other latent sites or
@@ -106,15 +113,44 @@ def score(
     if gradient == "score":
         drawing = _ConstantDraws()
     log_q: dict[str, Tensor] | None = None
-    with _errors_without_table():
+    with _errors_without_table(), _coupling(find_coupling) as coupled:
         # outside of the plates, which widen what is drawn
         guide_trace = poutine.trace(run_guide if drawing is None else drawing(run_guide)).get_trace(*batch)
         guide_sites = latent_sites(guide_trace)
         aliases = _with_aliases(guide_trace)
         if gradient == "path":
             log_q = _log_q_of_constants(guide, run_guide, aliases, batch)
+        coupled.clear()  # those of the guide see no draws
         model_trace = poutine.trace(poutine.replay(run_model, trace=aliases)).get_trace(*batch)
-    return _scores(latent_sites(model_trace), observed_sites(model_trace), guide_sites, log_q)
+    for name in observed_sites(guide_trace):
+        raise ValueError(
+            f"site {name!r}: expected no observed site (`obs=`, `pyro.factor`) in the guide, which would not "
+            "count"
+        )
+    draws = {name: site["value"] for name, site in latent_sites(aliases).items()}
+    sites = latent_sites(model_trace), observed_sites(model_trace), guide_sites
+    return _scores(*sites, draws, log_q, coupled[0] if coupled else None)
+
+
+def is_zero(weight: Any) -> bool:
+    """Return whether a weight is the number 0; a tensor's value is not looked at."""
+    return isinstance(weight, (int, float)) and weight == 0
+
+
+@contextmanager
+def _coupling(look: bool) -> Iterator[list[nn.Module]]:
+    """Give the modules that run inside and make one datum's output depend on the others."""
+    found: list[nn.Module] = []
+    if not look:
+        yield found
+        return
+
+    def on_call(module: nn.Module) -> None:
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            found.append(module)
+
+    with calls_of_modules(on_call):
+        yield found
 
 
 @contextmanager
@@ -132,7 +168,9 @@ def _scores(
     model_sites: dict[str, Site],
     observed: dict[str, Site],
     guide_sites: dict[str, Site],
+    draws: dict[str, Tensor],
     log_q: dict[str, Tensor] | None,
+    coupling: nn.Module | None,
 ) -> Scores:
     if not observed:
         raise ValueError("model: expected an observed site (`obs=x`), found none")
@@ -154,26 +192,30 @@ def _scores(
     latents = [*model_sites.values(), *guide_sites.values()]
     if all(_same(_own_scale(site, plate), 1.0) for site in latents):
         common = 1.0  # a weight of the likelihood alone
-    likelihoods = []
-    for name, site in observed.items():
-        log_prob = per_datum_log_prob(name, site)
-        likelihoods.append(log_prob if _same(own[name], common) else log_prob * own[name] / common)
+    log_probs = {name: per_datum_log_prob(name, site) for name, site in observed.items()}
+    weighted = [
+        log_prob if _same(own[name], common) else log_prob * own[name] / common
+        for name, log_prob in log_probs.items()
+    ]
+    likelihoods = list(log_probs.values())
     weights = {}
     for name, site in guide_sites.items():
         in_guide = _own_scale(site, plate)
         in_model = _own_scale(model_sites[name], plate) if name in model_sites else in_guide
         weights[name] = _weight(name, in_model, in_guide, common)
     return Scores(
-        reconstruction=sum(likelihoods[1:], likelihoods[0]),
+        reconstruction=sum(weighted[1:], weighted[0]),
+        log_likelihood=sum(likelihoods[1:], likelihoods[0]),
         prior={name: per_datum_log_prob(name, site) for name, site in model_sites.items()},
         guide=log_q
         if log_q is not None
         else {name: per_datum_log_prob(name, site) for name, site in guide_sites.items()},
         weights=weights,
         scale=plate * common,
-        draws={name: site["value"] for name, site in model_sites.items()},
+        draws=draws,
         model_sites=model_sites,
         guide_sites=guide_sites,
+        coupling=coupling,
     )
 
 
@@ -254,6 +296,16 @@ def check_reparameterized(guide_sites: Mapping[str, Site], why: str, instead: st
             )
 
 
+def check_apart(scores: Scores, name: str) -> None:
+    """Raise if a datum's terms depend on draws of others: the gradient through each draw is weighed."""
+    if scores.coupling is not None:
+        raise ValueError(
+            f"model: expected networks that treat each datum apart, since {name} weighs the gradient of "
+            f"each draw, got {type(scores.coupling).__name__} in training mode; use layer normalisation, "
+            "KL_ELBO or IWAE"
+        )
+
+
 class _ConstantDraws(Messenger):
     """Makes the draws of the guide constants: log q alone depends on its parameters."""
 
@@ -293,15 +345,36 @@ def _log_q_of_constants(
         if node["type"] == "param":
             value: Any = node["value"]
             parameters.append(value.unconstrained() if hasattr(value, "unconstrained") else value)
-    with _Constant(parameters), _repeatable(sites):
+    with _Constant(parameters), _repeatable(sites, batch):
         again = poutine.trace(poutine.replay(run_guide, trace=trace)).get_trace(*batch)
         try:
-            return {name: per_datum_log_prob(name, site) for name, site in latent_sites(again).items()}
+            log_q = {name: per_datum_log_prob(name, site) for name, site in latent_sites(again).items()}
         except (KeyError, NotImplementedError) as error:
             raise ValueError(
                 f"sites {sorted(sites)}: expected distributions in the guide that can score a value which "
                 f"they have not drawn, got {[_name_of(s['fn']) for s in sites.values()]}; use KL_ELBO or IWAE"
             ) from error
+    _check_constant(log_q, sites)
+    return log_q
+
+
+def _check_constant(log_q: Mapping[str, Tensor], sites: Mapping[str, Site]) -> None:
+    """Raise if log q still depends on a parameter, by a way other than the draws."""
+    ends = {site["value"].grad_fn for site in sites.values()}
+    nodes = [value.grad_fn for value in log_q.values()]
+    seen = set(ends)
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") or type(node).__name__ == "CheckpointFunctionBackward":
+            raise ValueError(
+                f"sites {sorted(sites)}: expected a guide whose parameters can be held constant, got one "
+                "that computes with them out of reach (torch.jit, a torch.autograd.Function, reentrant "
+                "checkpointing, a tensor that is no parameter); use KL_ELBO or IWAE"
+            )
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _detached(value: Any) -> Any:
@@ -352,28 +425,32 @@ _ABOUT_GRADIENTS = {Tensor.requires_grad.__get__, Tensor.is_leaf.__get__}  # typ
 
 
 @contextmanager
-def _repeatable(sites: Mapping[str, Site]) -> Iterator[None]:
-    """Let a program's second run be as its first: without dropout, running means count a batch once."""
+def _repeatable(sites: Mapping[str, Site], batch: tuple[Tensor, ...]) -> Iterator[None]:
+    """Let a program's second run be as its first: no other draws, running means count a batch once."""
     quiet: list[Any] = []
 
     def on_call(module: nn.Module) -> None:
-        if not module.training:
-            return
-        if isinstance(module, _DropoutNd):
-            raise ValueError(
-                f"sites {sorted(sites)}: expected a guide without dropout, since it is run twice, got "
-                f"{type(module).__name__} in training mode; use KL_ELBO or IWAE, or call `.eval()` on it"
-            )
-        if isinstance(module, _NormBase) and module.track_running_stats:
+        if module.training and isinstance(module, _NormBase) and module.track_running_stats:
             module.track_running_stats = False
             quiet.append(module)
 
+    before = _random_states(batch)
     try:
         with calls_of_modules(on_call):
             yield
     finally:
         for module in quiet:
             module.track_running_stats = True
+    if not all(map(torch.equal, before, _random_states(batch))):
+        raise ValueError(
+            f"sites {sorted(sites)}: expected a guide that draws nothing but its sites, since it is run "
+            "twice, got one with dropout or other noise; use KL_ELBO or IWAE, or call `.eval()` on it"
+        )
+
+
+def _random_states(batch: tuple[Tensor, ...]) -> list[Tensor]:
+    cuda = {x.device for x in batch if x.device.type == "cuda"}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
 
 
 def _name_of(fn: Any) -> str:

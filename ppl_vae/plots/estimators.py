@@ -37,7 +37,7 @@ def plot_estimators(result: EstimatorComparison, ax: "Axes | None" = None) -> "A
         ['STL', '−90.00']
     """
     table = check_result(result, EstimatorComparison).table
-    bounds = ["no bound" if math.isnan(bound) else f"{bound:.2f}" for bound in table["bound"]]
+    bounds = ["no bound" if math.isnan(bound) else f"{bound:z.2f}" for bound in table["bound"]]
     bounds = [bound.replace("-", "\N{MINUS SIGN}") for bound in bounds]
     labels = [f"{name}   {bound}" for name, bound in zip(table.index, bounds, strict=True)]
     if ax is None:
@@ -85,10 +85,11 @@ def plot_estimators(result: EstimatorComparison, ax: "Axes | None" = None) -> "A
     ax.grid(axis="x", color="0.9", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.set_xlabel("signal-to-noise ratio of one gradient")
+    title = "estimator and its bound (nats per datum)"
+    if not math.isnan(result.log_likelihood):
+        title += f"; log p(x) = {result.log_likelihood:z.2f}".replace("-", "\N{MINUS SIGN}")
     ax.set_title(
-        f"estimator and its bound (nats per datum); log p(x) = {result.log_likelihood:.2f}".replace(
-            "-", "\N{MINUS SIGN}"
-        ),
+        title,
         fontsize="medium",
         loc="right",
         pad=22,

@@ -20,6 +20,8 @@ _KEYS = [
     "validation_reconstruction",
     "validation_kl_z",
     "kl_weight",
+    "capacity",
+    "temperature",
     "learning_rate",
     "seconds",
 ]

@@ -37,6 +37,7 @@ from ppl_vae.training import saving
 from ppl_vae.training.saving import Record, Run
 
 VALIDATION_BATCH = 1000  # data per pass, for memory
+SCHEDULED = ("kl_weight", "capacity", "temperature")  # settings of an estimator that a record holds
 CHECK_EVERY = 50  # steps between two looks at the loss, which wait for the device
 
 
@@ -143,8 +144,10 @@ class Training:
                 name = type(self.scheduler).__name__
                 raise ValueError(f"scheduler: {name} fails after epoch {epoch}: {error}") from error
         estimator = self.svi.objective.estimator
-        if isinstance(estimator, Estimator) and callable(estimator.kl_weight):
-            record["kl_weight"] = float(estimator.at_step(estimator.kl_weight))
+        if isinstance(estimator, Estimator):
+            settings = {name: getattr(estimator, name, None) for name in SCHEDULED}
+            last = estimator.step - 1
+            record |= {k: float(schedule(last)) for k, schedule in settings.items() if callable(schedule)}
         record |= {
             "learning_rate" if len(rates) == 1 or rates[0] == rates[-1] else f"learning_rate_{i}": float(rate)
             for i, rate in enumerate(rates)

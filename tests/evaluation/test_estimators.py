@@ -1,6 +1,7 @@
 """Tests of the comparison of estimators, on pairs whose bounds and noise are known."""
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.infer import (
     ELBO,
+    JitTrace_ELBO,
     ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
@@ -21,10 +23,12 @@ from pyro.infer import (
 from pyro.util import get_rng_state
 from torch import Tensor, nn
 
-from ppl_vae.evaluation import EstimatorComparison, compare_estimators
+from ppl_vae.evaluation import EstimatorComparison, compare_estimators, evaluate
+from ppl_vae.evaluation._gradients import relative_bias
 from ppl_vae.guides import MeanFieldGuide
 from ppl_vae.infer import (
     CUBO,
+    DIP_ELBO,
     IWAE,
     KL_ELBO,
     STL_ELBO,
@@ -148,6 +152,50 @@ def test_upper_bound_has_its_own_sign() -> None:
     result = compare(affine_pair(log_scale=0.4), [CUBO(num_particles=2000)], 20)
     row = result.table.loc["CUBO"]
     assert row.bound_bias > 4 * row.bound_bias_se > 0
+
+
+def test_evidence_is_in_evaluation_mode_whatever_the_company() -> None:
+    torch.manual_seed(0)
+    model = LinearGaussian(2, 4)
+    guide = MeanFieldGuide(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), 2, features=6)
+    x = 5 + 3 * torch.randn(8, 4)  # far from the running statistics at the start
+
+    def compared(estimators: list[ELBO]) -> EstimatorComparison:
+        options: dict[str, Any] = {"progress": False, "reference_repeats": 0}
+        return compare_estimators(model, guide, x, estimators, 2, reference_particles=50, **options)
+
+    expected = evaluate(model, guide, x, num_particles=50, progress=False).log_likelihood.mean
+    assert guide.training
+    for count in (1, 3):
+        assert compared([Trace_ELBO() for _ in range(count)]).log_likelihood == expected
+    guide.eval()
+    in_eval = compared([Trace_ELBO()])
+    assert in_eval.log_likelihood == expected
+    guide.train()
+    assert (compared([Trace_ELBO()]).table.bound != in_eval.table.bound).all()  # in the modes they are in
+
+
+def test_objectives_that_are_no_bounds_have_no_distance_to_the_evidence() -> None:
+    pair, moving = affine_pair(0.3), KL_ELBO(kl_weight=LinearWarmup(2))
+    moving.step += 1  # half the weight
+    others = {
+        "weighted": KL_ELBO(kl_weight=0.3),
+        "moving": moving,
+        "capacity": KL_ELBO(capacity=1.0),
+        "free bits": KL_ELBO(free_bits=0.1),
+        "dip": DIP_ELBO(),
+        "betatc": BetaTC_ELBO(size=10),
+        "weighted iwae": IWAE(3, kl_weight=2.0),
+    }
+    bounds = {"kl": KL_ELBO(), "cubo": CUBO(3), "trace": Trace_ELBO()}
+    result = compare(pair, {**others, **bounds}, 3)
+    assert result.table.bound.notna().all()
+    for name in ("bound_bias", "bound_bias_se"):
+        assert set(result.table.index[result.table[name].isna()]) == set(others)
+    lines = str(result).splitlines()
+    for name in others:
+        line = next(line for line in lines if line.startswith(f"{name} "))
+        assert line.removeprefix(name).split()[3] == "-"  # after K, the bound and its error
 
 
 def test_subsampling_plate_changes_nothing_per_datum() -> None:
@@ -328,6 +376,30 @@ def test_gradient_bias_of_discrete_latents() -> None:
     assert bias[["score", "vimco"]].isna().all()
 
 
+def test_gradient_bias_needs_a_reference_that_is_told_from_zero() -> None:
+    # Seed 0. Squared norm 4 against noise of variance 1 / 4 per coordinate and block, or none at all.
+    torch.manual_seed(0)
+    noise = torch.randn(2, 20, 5, dtype=torch.float64) / 2
+    mean = torch.tensor([2.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    bias, error = relative_bias(1.5 * mean + noise[0], mean + noise[1])
+    assert abs(bias - 0.5) < 4 * error < 1
+    assert all(map(math.isnan, relative_bias(mean + noise[0], noise[1])))
+    assert all(map(math.isnan, relative_bias(mean + noise[0], torch.zeros_like(noise[1]))))
+    exact = mean.expand(20, 5)
+    assert relative_bias(1.5 * exact, exact) == (pytest.approx(0.5), 0.0)
+    for factor in (1.0, 5.0):
+        bias, error = relative_bias((factor * mean + noise[0])[:2], mean + noise[1])
+        assert bias >= 0 and math.isnan(error)
+    assert all(map(math.isnan, relative_bias(mean + noise[0], (mean + noise[1])[:2])))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_gradient_bias_at_an_optimum(seed: int) -> None:
+    # The exact posterior: the guide's mean gradient is zero, so that nothing is relative to it.
+    table = compare(affine_pair(), [Trace_ELBO()], 20, reference_repeats=20, seed=seed).table
+    assert table[["guide_gradient_bias", "guide_gradient_bias_se"]].isna().all(axis=None)
+
+
 # -- cost ------------------------------------------------------------------------------------------
 
 
@@ -378,6 +450,31 @@ def test_printed_table_fits() -> None:
     assert lines[2].startswith("estimator number 0, ")
     assert f"{result.table.bound.iloc[0]:.2f}" in lines[2]
     assert math.isnan(result.table.bound["rws"])
+
+
+def test_printed_table_shows_no_nan_and_says_what_the_bias_is() -> None:
+    result = compare(affine_pair(0.5, 0.5), {"stl": STL_ELBO(), "rws": ReweightedWakeSleep(2)}, 2)
+    assert math.isnan(result.table.bound["rws"])
+    assert "nan" not in str(result)
+    assert "bias: of the gradient" not in str(result)
+    frozen = affine_pair(0.5, 0.5)
+    frozen[0].requires_grad_(False)
+    result = compare(frozen, {"stl": STL_ELBO()}, 2, reference_repeats=100, reference_particles=1)
+    row = result.table.loc["stl"]
+    assert math.isnan(row.guide_gradient_bias_se) and math.isnan(row.model_snr)
+    assert math.isnan(result.log_likelihood_se)
+    assert "nan" not in str(result)
+    assert f"{row.guide_gradient_bias:.2g}" in str(result).splitlines()[-1]
+    assert "bias: of the gradient, over its norm; bias / se (after ±) tests against zero" in str(result)
+
+
+def test_printed_zero_has_no_sign() -> None:
+    result = compare(affine_pair(0.3), {"stl": STL_ELBO()}, 2)
+    result.table["bound"] = result.table["bound_bias"] = -0.001
+    unknown = dataclasses.replace(result, log_likelihood=-0.001)
+    assert "-0.00" not in str(unknown)
+    assert "log p(x) = 0.00" in str(unknown)
+    assert "= " not in str(dataclasses.replace(result, log_likelihood=math.nan)).splitlines()[0]
 
 
 def test_sequences_are_named_by_class() -> None:
@@ -484,6 +581,29 @@ def test_everything_is_as_before(fails: bool) -> None:
     assert torch.is_grad_enabled()
 
 
+def test_buffers_that_are_not_saved_are_as_before() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+            self.register_buffer("changed", torch.zeros(()), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.calls += 1
+                self.changed = self.changed + 1
+            return self.linear(x)
+
+    encoder = Counting()
+    guide = MeanFieldGuide(encoder, 1, features=4).double()
+    calls, changed = encoder.calls, encoder.changed
+    compare((linear_model(), guide), [Trace_ELBO()], 2)
+    assert encoder.calls is calls and encoder.changed is changed
+    assert (float(calls), float(changed)) == (0.0, 0.0)
+    assert not encoder.state_dict().keys() & {"calls", "changed"}
+
+
 def test_schedules_stand_still() -> None:
     # One gradient step in, half the weight: the same as half the weight for good.
     moving, fixed = KL_ELBO(kl_weight=LinearWarmup(2)), KL_ELBO(kl_weight=0.5)
@@ -503,6 +623,14 @@ def test_schedules_stand_still() -> None:
         ({"estimators": Trace_ELBO()}, TypeError, "estimators: expected a mapping of names to instances"),
         ({"estimators": "trace"}, TypeError, "estimators: expected a mapping of names to instances"),
         ({"estimators": {"a": Trace_ELBO}}, TypeError, r"estimators\['a'\]: expected an instance of pyro"),
+        ({"estimators": [STL_ELBO(), Trace_ELBO]}, TypeError, r"estimators\[1\]: expected an instance of"),
+        ({"estimators": ["IWAE"]}, TypeError, r"estimators\[0\]: expected an instance of .*, got 'IWAE'"),
+        (
+            {"estimators": {"stl": STL_ELBO(), "jit": JitTrace_ELBO()}},
+            TypeError,
+            "estimators: jit: expected an estimator that is not traced by torch.jit",
+        ),
+        ({"estimators": {"many": IWAE(10**20)}}, ValueError, "estimators: many: "),
         ({"estimators": {1: Trace_ELBO()}}, TypeError, "estimators: expected names that are strings, got 1"),
         ({"repeats": 1}, ValueError, "repeats: expected at least 2, got 1"),
         ({"repeats": 2.0}, TypeError, "repeats: expected a whole number above 0, got 2.0"),

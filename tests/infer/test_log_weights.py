@@ -434,13 +434,13 @@ def guide_with_global_scale(x: Tensor) -> None:
             normal_model,
             global_guide,
             "site 'z': expected per-datum randomness in `pyro.plate(\"data\", n, dim=-1)`, "
-            "got plates ['num_particles']",
+            "got plates [('num_particles', -2)] (name, dim)",
         ),
         (
             model_with_global_scale,
             guide_with_global_scale,
             "site 'scale': expected per-datum randomness in `pyro.plate(\"data\", n, dim=-1)`, "
-            "got plates ['num_particles']",
+            "got plates [('num_particles', -2)] (name, dim)",
         ),
         (guide_of("z"), guide_of("z"), "model: expected an observed site (`obs=x`), found none"),
     ],

@@ -216,7 +216,8 @@ def test_data_plate_size_needs_a_plate_at_the_last_dim() -> None:
             pyro.sample("z", normal(2))
 
     message = (
-        "site 'z': expected per-datum randomness in `pyro.plate(\"data\", n, dim=-1)`, got plates ['left']"
+        "site 'z': expected per-datum randomness in `pyro.plate(\"data\", n, dim=-1)`, "
+        "got plates [('left', -2)] (name, dim)"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         data_plate_size("z", poutine.trace(program).get_trace().nodes["z"])
@@ -289,7 +290,8 @@ def unobserved(x: Tensor) -> None:
         (
             outside_model,
             outside,
-            "site 'z': expected per-datum randomness in `pyro.plate(\"data\", n, dim=-1)`, got plates []",
+            "site 'z': expected per-datum randomness in `pyro.plate(\"data\", n, dim=-1)`, "
+            "got plates [] (name, dim)",
         ),
     ],
 )

@@ -232,14 +232,17 @@ def without_size(x: Tensor) -> Tensor:
 def without_return(x: Tensor | None = None, *, size: int = 0) -> None:
     with pyro.plate("data", size if x is None else len(x), dim=-1):
         z = pyro.sample("z", dist.Normal(torch.zeros(1).double(), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z.expand(*z.shape[:-1], 2), 1.0).to_event(1), obs=x)
+        pyro.sample("data_of_no_name", dist.Normal(z.expand(*z.shape[:-1], 2), 1.0).to_event(1), obs=x)
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (without_size, "draws from it, got (x: torch.Tensor)"),
-        (without_return, "model: expected `model(None, size=n)` to return the data, got None"),
+        (
+            without_return,
+            "model: expected `model(None, size=n)` to draw a site 'x' or to return the data, got None",
+        ),
     ],
     ids=["size", "return"],
 )

@@ -1,5 +1,6 @@
 """The plot of a comparison of estimators: marks, labels, and results at the ends of the axis."""
 
+import dataclasses
 import math
 from itertools import pairwise
 from typing import Any
@@ -74,6 +75,14 @@ def test_estimator_without_a_bound() -> None:
     result = comparison([1.0], [1.0])
     result.table["bound"] = math.nan
     assert labels(plot_estimators(result, ax=Figure().subplots())) == [["estimator 0", "no bound"]]
+
+
+def test_title_without_an_evidence_and_zero_without_a_sign() -> None:
+    result = comparison([1.0], [1.0])
+    result.table["bound"] = -0.001
+    ax = plot_estimators(dataclasses.replace(result, log_likelihood=math.nan), ax=Figure().subplots())
+    assert ax.get_title(loc="right") == "estimator and its bound (nats per datum)"
+    assert labels(ax) == [["estimator 0", "0.00"]]
 
 
 @settings(deadline=None, max_examples=8)

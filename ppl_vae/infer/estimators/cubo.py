@@ -20,7 +20,8 @@ class CUBO(Estimator):
 
     The loss is the bound itself. The model can't be trained by an upper bound: its gradient is that of the
     IWAE's bound of the same draws. With K draws the logarithm is biased downwards, so that the value is an
-    upper bound for large K only.
+    upper bound for large K only, and a guide that is trained by it learns to make that bias large: train
+    the guide by another estimator and look at this one.
 
     References:
         Variational Inference via chi Upper Bound Minimization (Dieng et al., 2017), arXiv:1611.00328
@@ -31,8 +32,11 @@ class CUBO(Estimator):
         kl_weight: multiplies log q(z | x) - log p(z): a number from 0 or a schedule.
 
     Raises:
-        ValueError: if ``order`` is not above 1. On a run, if a site of the guide is not reparameterised.
+        ValueError: if ``order`` is not above 1. On a run, if a site of the guide is not
+            reparameterised, the model runs batch norm in training mode.
     """
+
+    weighs_draws = True
 
     def __init__(
         self, num_particles: int = 50, *, order: float = 2.0, kl_weight: float | Schedule = 1.0

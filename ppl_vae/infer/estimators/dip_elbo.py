@@ -63,14 +63,12 @@ class DIP_ELBO(Estimator):
         """Return the aggregate posterior's covariance, ``[latent, latent]``."""
         fn = guide_site(self.site, scores)["fn"]
         dimensions = marginals(self.site, fn)
-        one = (0,) * (len(fn.batch_shape) - 1)  # the same for every draw
-        mean, variance = dimensions.mean[one], dimensions.variance[one]
-        if len(mean) < 2:
-            raise ValueError(f"data: expected a batch of at least 2 data for a covariance, got {len(mean)}")
-        latent = mean.shape[-1]
-        covariance = mean.mT.cov(correction=0).reshape(latent, latent)  # `cov` drops dimensions of size 1
-        if self.kind == "I":
-            return covariance
-        if factorises(fn):
-            return covariance + variance.mean(0).diag()
-        return covariance + fn.covariance_matrix[one].mean(0)
+        n = fn.batch_shape[-1]
+        if n < 2:
+            raise ValueError(f"data: expected a batch of at least 2 data for a covariance, got {n}")
+        deviation = dimensions.mean - dimensions.mean.mean(-2, keepdim=True)
+        covariance = deviation.mT @ deviation / n  # [*K, latent, latent]
+        if self.kind == "II":
+            within = dimensions.variance.diag_embed() if factorises(fn) else fn.covariance_matrix
+            covariance = covariance + within.mean(-3)
+        return covariance.reshape(-1, *covariance.shape[-2:]).mean(0)

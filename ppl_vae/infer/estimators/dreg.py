@@ -3,12 +3,15 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ppl_vae._checks import check_number
 from ppl_vae.infer.bounds import renyi_bound
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.gradients import (
     scale_gradients,
+    weighted_sum,
     with_gradient_of,
 )
 from ppl_vae.infer.schedules import Schedule
@@ -30,27 +33,32 @@ class DReG(Estimator):
         kl_weight: multiplies log q(z | x) - log p(z): a number from 0 or a schedule.
 
     Raises:
-        ValueError: if ``alpha`` is not finite. On a run, if a site of the guide is not reparameterised, or
-            the programs weigh sites differently.
+        ValueError: if ``alpha`` is not finite. On a run, if a site of the guide is not
+            reparameterised, the model runs batch norm in training mode, or the programs weigh sites
+            differently.
     """
 
     gradient: Gradient = "path"
+    weighs_draws = True
 
     def __init__(
         self, num_particles: int = 5, *, alpha: float = 0.0, kl_weight: float | Schedule = 1.0
     ) -> None:
         super().__init__(num_particles, kl_weight=kl_weight)
-        if not math.isfinite(alpha):
+        self.alpha = check_number("alpha", alpha)
+        if math.isinf(self.alpha):
             raise ValueError(f"alpha: expected a finite number, got {alpha!r}")
-        self.alpha = alpha
 
     def check(self, scores: Scores) -> None:
         """Raise if a site is weighted apart from the others: the identity behind the gradient fails."""
         super().check(scores)
         weights = list(scores.weights.values())
         for name, weight in scores.weights.items():
-            if weight is not weights[0] and not (isinstance(weight, float) and weight == weights[0]):
-                raise ValueError(f"site {name!r}: expected one KL weight for all sites; use IWAE or Renyi")
+            if not torch.equal(torch.as_tensor(weight), torch.as_tensor(weights[0])):
+                raise ValueError(
+                    f"site {name!r}: expected one KL weight for all sites, got {weight} beside {weights[0]}; "
+                    "use IWAE or Renyi"
+                )
 
     def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
         """Return the bound, ``[n]``."""
@@ -59,4 +67,4 @@ class DReG(Estimator):
         shares = (order * log_weights.detach()).softmax(0)
         own = next(iter(scores.weights.values()), 1.0)
         scale_gradients(scores, 1 - order * kl_weight * own * (1 - shares))
-        return with_gradient_of(renyi_bound(log_weights, self.alpha), (shares * log_weights).sum(0))
+        return with_gradient_of(renyi_bound(log_weights, self.alpha), weighted_sum(shares, log_weights))

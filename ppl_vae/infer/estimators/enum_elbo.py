@@ -37,7 +37,7 @@ class EnumELBO(TraceEnum_ELBO):
         self, num_particles: int = 1, *, max_plate_nesting: int = 1, max_values: int = 10_000
     ) -> None:
         super().__init__(
-            num_particles=num_particles,
+            num_particles=check_positive_int("num_particles", num_particles),
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=num_particles > 1,
             strict_enumeration_warning=False,
@@ -46,8 +46,9 @@ class EnumELBO(TraceEnum_ELBO):
 
     def _get_traces(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         # what is entered last sees a site first
-        marked = _Counted(self.max_values)(config_enumerate(_Enumerable()(guide)))
-        return super()._get_traces(config_enumerate(model), marked, args, kwargs)
+        counted, enumerable = _Counted(self.max_values), _Enumerable()
+        marked = [counted(config_enumerate(enumerable(program))) for program in (model, guide)]
+        return super()._get_traces(marked[0], marked[1], args, kwargs)
 
 
 class _Enumerable(Messenger):

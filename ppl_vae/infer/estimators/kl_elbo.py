@@ -9,7 +9,7 @@ from ppl_vae._checks import check_at_least, check_choice
 from ppl_vae.infer.divergence import site_kl
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.schedules import Schedule
-from ppl_vae.infer.scoring import Scores
+from ppl_vae.infer.scoring import Scores, is_zero
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,11 @@ class KL_ELBO(Estimator):
 
     def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
         """Return reconstruction minus the weighted KL, ``[n]``."""
+        if self.free_bits is not None and (auxiliary := sorted(scores.guide.keys() - scores.prior.keys())):
+            raise ValueError(
+                f"free_bits: expected latent sites of model and guide, whose KL is not below 0, got the "
+                f"auxiliary sites {auxiliary} of the guide"
+            )
         by_dimension = self.free_bits is not None and self.free_bits_per == "dimension"
         kls = {
             name: site_kl(name, scores, closed_form=self.analytic_kl, by_dimension=by_dimension)
@@ -91,6 +96,8 @@ class KL_ELBO(Estimator):
             for name, known in found.items():
                 logger.info("KL of site %r: %s", name, "closed form" if known else "estimated from draws")
         reconstruction = scores.reconstruction.mean(0)
+        if is_zero(kl_weight):  # whatever the KL is
+            return reconstruction
         if self.capacity is not None:
             total = sum(scores.weights[name] * kl.sum(-1).mean() for name, (kl, _) in kls.items())
             return reconstruction - kl_weight * (total - self.at_step(self.capacity)).abs()

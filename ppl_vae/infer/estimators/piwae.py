@@ -29,8 +29,11 @@ class PIWAE(Estimator):
         kl_weight: multiplies log q(z | x) - log p(z): a number from 0 or a schedule.
 
     Raises:
-        ValueError: if M does not divide K. On a run, if a site of the guide is not reparameterised.
+        ValueError: if M does not divide K. On a run, if a site of the guide is not
+            reparameterised, the model runs batch norm in training mode.
     """
+
+    weighs_draws = True
 
     def __init__(
         self, num_particles: int = 16, *, num_groups: int = 4, kl_weight: float | Schedule = 1.0

@@ -54,7 +54,10 @@ class RelaxedELBO(Estimator):
 
     def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
         """Return reconstruction minus the weighted KL, ``[n]``."""
-        kls = {name: site_kl(name, scores)[0].sum(-1) for name in scores.guide}
+        kls = {
+            name: site_kl(name, scores, closed_form=not site["fn"].has_rsample)[0].sum(-1)
+            for name, site in scores.guide_sites.items()
+        }
         weighted = sum(scores.weights[name] * kl for name, kl in kls.items())
         return scores.reconstruction.mean(0) - kl_weight * weighted
 

@@ -1,10 +1,10 @@
 """The variational Renyi bound."""
 
-import math
 from typing import Any
 
 from torch import Tensor
 
+from ppl_vae._checks import check_number
 from ppl_vae.infer.bounds import renyi_bound
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.schedules import Schedule
@@ -33,9 +33,7 @@ class Renyi(Estimator):
         self, num_particles: int = 5, *, alpha: float = 0.5, kl_weight: float | Schedule = 1.0
     ) -> None:
         super().__init__(num_particles, kl_weight=kl_weight)
-        if math.isnan(alpha):
-            raise ValueError(f"alpha: expected a number, got {alpha!r}")
-        self.alpha = alpha
+        self.alpha = check_number("alpha", alpha)
 
     def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
         """Return the bound, ``[n]``."""

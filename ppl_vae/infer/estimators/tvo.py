@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae._checks import check_positive_int
+from ppl_vae._checks import check_number, check_positive_int
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.gradients import (
     check_baseline,
@@ -49,9 +49,11 @@ class TVO(Estimator):
     ) -> None:
         super().__init__(num_particles, kl_weight=kl_weight)
         self.num_partitions = check_positive_int("num_partitions", num_partitions)
-        if not 0 < smallest < 1:
+        if not 0 < check_number("smallest", smallest) < 1:
             raise ValueError(f"smallest: expected a number in (0, 1), got {smallest!r}")
         self.smallest = smallest
+
+    weighs_draws = True
 
     def check(self, scores: Scores) -> None:
         """Raise if there is no baseline for sites that are not reparameterised."""

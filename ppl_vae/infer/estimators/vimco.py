@@ -31,6 +31,8 @@ class VIMCO(Estimator):
         ValueError: on a run, if a site needs a baseline and K is 1.
     """
 
+    weighs_draws = True
+
     def __init__(self, num_particles: int = 5, *, kl_weight: float | Schedule = 1.0) -> None:
         super().__init__(num_particles, kl_weight=kl_weight)
 

@@ -12,6 +12,7 @@ from ppl_vae.infer.bounds import log_mean_exp
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.gradients import (
     scale_gradients,
+    weighted_sum,
     with_gradient_of,
 )
 from ppl_vae.infer.log_weights import per_datum_log_prob
@@ -51,6 +52,7 @@ class WakeSleep(Estimator):
         self.sleep = sleep
         self.dreg = dreg
         self.gradient = "path" if dreg else "score"
+        self.weighs_draws = dreg
 
     def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
         """Return the IWAE's bound, ``[n]``."""
@@ -58,12 +60,13 @@ class WakeSleep(Estimator):
         shares = log_weights.detach().softmax(0)
         if self.dreg:
             scale_gradients(scores, (1 - self.sleep) * (1 - shares))
-            surrogate = shares * log_weights
+            surrogate = log_weights
         else:
-            # log q within the log weights is a constant here
-            log_q = sum(scores.weights[name] * log_prob for name, log_prob in scores.guide.items())
-            surrogate = shares * (log_weights + log_q + (1 - self.sleep) * log_q)
-        return with_gradient_of(log_mean_exp(log_weights), surrogate.sum(0))
+            joint = scores.reconstruction
+            for name, log_prob in scores.prior.items():
+                joint = joint + scores.weights[name] * log_prob
+            surrogate = joint + (1 - self.sleep) * sum(scores.guide.values())
+        return with_gradient_of(log_mean_exp(log_weights), weighted_sum(shares, surrogate))
 
     def differentiable_loss(self, model: Program, guide: Program, *batch: Tensor) -> Tensor:
         """Return the loss, a scalar, whose gradient is the estimator's."""
@@ -86,10 +89,11 @@ class WakeSleep(Estimator):
             ) from None
         with torch.no_grad():
             dream = poutine.trace(model).get_trace(None, *batch[1:], size=len(batch[0]))
-        x: Any = dream.nodes["_RETURN"]["value"]
+        x: Any = dream.nodes["x" if "x" in dream.nodes else "_RETURN"]["value"]
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"model: expected `model(None, size=n)` to return the data, got {x!r}; set sleep=0"
+                f"model: expected `model(None, size=n)` to draw a site 'x' or to return the data, got {x!r}; "
+                "set sleep=0"
             )
         run = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(x.detach(), *batch[1:])
         sites = latent_sites(run)  # whose scale is N / B, as that of the loss, in a subsampling plate
