@@ -175,6 +175,7 @@ def compare_estimators(
 
     Example:
         >>> from pyro.infer import Trace_ELBO
+        >>> from ppl_vae.infer import STL_ELBO
         >>> from ppl_vae.models import LinearGaussian
         >>> from ppl_vae.guides import MeanFieldGuide
         >>> from ppl_vae.networks import MLP
