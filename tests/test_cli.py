@@ -546,7 +546,10 @@ def test_ctrl_c_saves_and_says_how_to_continue(home: Path, here: Path, cli: Call
             assert time.monotonic() - waited < 120
             time.sleep(0.05)
         started.send_signal(signal.SIGINT)
-        _, err = started.communicate(timeout=60)
+        try:
+            _, err = started.communicate(timeout=60)
+        finally:
+            started.kill()  # or leaving the context would wait for it
     assert (started.returncode, err) == (
         130,
         "ppl-vae fit: interrupted; continue with `ppl-vae fit --output stopped --num_particles=2 --resume`\n",
