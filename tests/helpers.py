@@ -5,11 +5,32 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from ppl_vae.guides import MeanFieldGuide
+from ppl_vae.infer import (
+    CIWAE,
+    CUBO,
+    DIP_ELBO,
+    IWAE,
+    KL_ELBO,
+    MIWAE,
+    PIWAE,
+    STL_ELBO,
+    TVO,
+    VIMCO,
+    BetaTC_ELBO,
+    DReG,
+    EnumELBO,
+    LinearWarmup,
+    RelaxedELBO,
+    Renyi,
+    ScoreFunctionELBO,
+    WakeSleep,
+)
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.models import VAE
 from ppl_vae.networks import MLP
@@ -45,6 +66,26 @@ def function_pair() -> Pair:
 
 
 PAIRS = {"VAE": vae_pair, "functions": function_pair}
+
+ESTIMATORS: dict[str, Callable[[], ELBO]] = {
+    "CIWAE": lambda: CIWAE(3),
+    "CUBO": lambda: CUBO(3),
+    "DIP_ELBO": DIP_ELBO,
+    "DReG": lambda: DReG(3),
+    "EnumELBO": EnumELBO,
+    "IWAE": lambda: IWAE(3),
+    "KL_ELBO": lambda: KL_ELBO(kl_weight=LinearWarmup(10, start=0.5)),
+    "MIWAE": lambda: MIWAE(4, num_groups=2),
+    "PIWAE": lambda: PIWAE(4, num_groups=2),
+    "RelaxedELBO": RelaxedELBO,
+    "Renyi": lambda: Renyi(3),
+    "STL_ELBO": lambda: STL_ELBO(2),
+    "ScoreFunctionELBO": lambda: ScoreFunctionELBO(2),
+    "TVO": lambda: TVO(4),
+    "VIMCO": lambda: VIMCO(3),
+    "WakeSleep": lambda: WakeSleep(3),
+    "BetaTC_ELBO": lambda: BetaTC_ELBO(100),
+}
 
 
 class Draws(Messenger):

@@ -1,5 +1,6 @@
 """Inference: estimators of the ELBO and other bounds, the loss as a module, and the engine."""
 
+from ppl_vae.infer.compiled_svi import CompiledSVI as CompiledSVI
 from ppl_vae.infer.estimators import CIWAE as CIWAE
 from ppl_vae.infer.estimators import CUBO as CUBO
 from ppl_vae.infer.estimators import DIP_ELBO as DIP_ELBO
@@ -36,6 +37,7 @@ __all__ = [
     "TVO",
     "VIMCO",
     "BetaTC_ELBO",
+    "CompiledSVI",
     "CyclicalWarmup",
     "DReG",
     "EnumELBO",

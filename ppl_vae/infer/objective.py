@@ -195,6 +195,16 @@ class Objective(nn.Module):
             found |= {f"{role}.{name}": tensor for name, tensor in held.items()}
         return found
 
+    def networks(self) -> list[nn.Module]:
+        """Return every module of the programs, those that plain functions ran too. Call after ``setup``."""
+        found = [
+            m
+            for modules in self._modules_of_functions.values()
+            for module in modules
+            for m in module.modules()
+        ]
+        return list(dict.fromkeys([*self.modules(), *found]))
+
     def warn_of_missing_gradients(self) -> None:
         """Warn, by name, of trainable parameters that the last backward pass did not reach."""
         missing = [
@@ -205,7 +215,7 @@ class Objective(nn.Module):
         ]
         if missing:
             warnings.warn(
-                f"no gradient reaches {', '.join(missing)}: they will not train", UserWarning, stacklevel=3
+                f"no gradient reaches {', '.join(missing)}: they will not train", UserWarning, stacklevel=4
             )
 
 

@@ -11,10 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ppl_vae._checks import check_positive
+from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.objective import Objective
+from ppl_vae.infer.recording import SiteRecorder, term_sums
 from ppl_vae.infer.running import Program
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+Parts = dict[str, Tensor] | None  # of the true ELBO, summed over the batch: elbo, reconstruction, kl_<site>
 
 
 class SVI:
@@ -107,11 +110,24 @@ class SVI:
             The loss before the step, a detached scalar tensor, summed over the batch. Unlike Pyro's
             it stays on the device, so that a step need not wait for it.
         """
+        return self.step_with_parts(*batch, parts=False)[0]
+
+    def step_with_parts(self, *batch: Tensor, parts: bool = True) -> tuple[Tensor, Parts]:
+        """Take one gradient step; return its loss and the parts of the true ELBO, from the same draws.
+
+        Args:
+            *batch: what model and guide are called with, each ``[n, ...]``.
+            parts: whether they are asked for.
+
+        Returns:
+            The loss, and scalars by name (``elbo``, ``reconstruction``, ``kl_<site>``), summed over the
+            batch; None if the estimator makes no plain draws.
+        """
         self.setup(*batch)
         parameters = self._parameters()
         for parameter in parameters:
             parameter.grad = None
-        loss = self.objective.loss_and_grads(*batch)
+        loss, found = self.loss_and_grads(*batch, parts=parts)
         if not self._stepped:
             self.objective.warn_of_missing_gradients()
             self._stepped = True
@@ -132,8 +148,27 @@ class SVI:
                 self.optim(named.values())
         elif isinstance(self.optim, Optimizer):
             self.optim.step()
-        return loss
+        return loss, found
+
+    def loss_and_grads(self, *batch: Tensor, parts: bool) -> tuple[Tensor, Parts]:
+        """Add the loss's gradients to ``grad`` of the parameters; return it and the parts of the ELBO."""
+        return with_parts(self.objective, self.objective.loss_and_grads, batch, parts=parts)
 
     def evaluate_loss(self, *batch: Tensor) -> Tensor:
         """Return the loss, a scalar tensor, without taking a step: one noisy estimate."""
         return self.objective.evaluate_loss(*batch)
+
+
+def with_parts(
+    objective: Objective, loss: Callable[..., Tensor], batch: tuple[Tensor, ...], *, parts: bool
+) -> tuple[Tensor, Parts]:
+    """Return ``loss(*batch)`` of an objective and, if asked for, the parts of the true ELBO of its draws."""
+    if not parts:
+        return loss(*batch), None
+    if isinstance(objective.estimator, Estimator):
+        value = loss(*batch)
+        terms = objective.estimator.terms
+        return value, None if terms is None else term_sums(terms)
+    with SiteRecorder() as recorder:
+        value = loss(*batch)
+    return value, recorder.sums()

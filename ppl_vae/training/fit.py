@@ -23,6 +23,7 @@ from ppl_vae._random import seeded
 from ppl_vae.data import Split, batches
 from ppl_vae.description import describe
 from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
+from ppl_vae.infer.compiled_svi import CompiledSVI
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.placing import place, prepare_data
 from ppl_vae.infer.running import (
@@ -59,6 +60,7 @@ def fit(
     callbacks: Sequence[Callable[[Run], object]] = (),
     progress: bool = True,
     tensorboard: bool = False,
+    compile: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Run:
     """Train a model and a guide on data; log, check and save every epoch.
@@ -99,6 +101,8 @@ def fit(
         callbacks: called with the run after each epoch; one that returns True ends the training.
         progress: show a progress bar.
         tensorboard: log to ``output/tensorboard`` too.
+        compile: trace the step once and compile it (``CompiledSVI``): seconds at the start, then faster steps
+            with the same draws.
         notes: plain data of yours to keep in the run's settings.
 
     Returns:
@@ -170,11 +174,12 @@ def fit(
         "patience": patience,
         "device": str(where),
         "seed": seed,
+        "compile": compile,
         "data": _describe_data(train),
         "validation": None if held_out is None else _describe_data(held_out),
         "notes": describe(notes),
     }
-    svi = SVI(
+    svi: SVI = (CompiledSVI if compile else SVI)(
         model,
         guide,
         lambda _: _make_optimizer(

@@ -24,7 +24,7 @@ from ppl_vae.data import Split, batches, num_batches
 from ppl_vae.infer.checking import Observation, check_batch
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.log_weights import terms
-from ppl_vae.infer.recording import SiteRecorder, term_sums
+from ppl_vae.infer.recording import term_sums
 from ppl_vae.infer.running import (
     batch_arguments,
     evaluating,
@@ -165,7 +165,7 @@ class Training:
         for step, batch in enumerate(self._batches(), 1):
             if unchecked:
                 check_batch(f"data, batch {step}", batch, self.observed)
-            loss, sums = self._step(batch)
+            loss, sums = self.svi.step_with_parts(*batch)
             if sums is None:
                 with evaluating(self.run.model, self.run.guide):
                     sums = term_sums(terms(self.run.model, self.run.guide, *batch))
@@ -182,16 +182,6 @@ class Training:
         self._check_losses(losses, epoch, step, snapshot)
         self._check_parameters(epoch, step)
         return _per_datum(totals, count)
-
-    def _step(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Take a step; return its loss and the parts of the true ELBO, if the step gives them."""
-        estimator = self.svi.objective.estimator
-        if isinstance(estimator, Estimator):
-            loss = self.svi.step(*batch)
-            return loss, None if estimator.terms is None else term_sums(estimator.terms)
-        with SiteRecorder() as recorder:
-            loss = self.svi.step(*batch)
-        return loss, recorder.sums()
 
     def _batches(self) -> Iterable[tuple[Tensor, ...]]:
         for batch in batches(self.train, self.batch_size, device=self.device, shuffle=True):

@@ -3,58 +3,16 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable
 
 import pyro
 import pytest
 import torch
-from helpers import PAIRS
+from helpers import ESTIMATORS, PAIRS
 from pyro.infer import ELBO
 from torch import Tensor
 
 from ppl_vae import fit, infer
-from ppl_vae.infer import (
-    CIWAE,
-    CUBO,
-    DIP_ELBO,
-    IWAE,
-    KL_ELBO,
-    MIWAE,
-    PIWAE,
-    STL_ELBO,
-    SVI,
-    TVO,
-    VIMCO,
-    BetaTC_ELBO,
-    DReG,
-    EnumELBO,
-    LinearWarmup,
-    Objective,
-    RelaxedELBO,
-    Renyi,
-    ScoreFunctionELBO,
-    WakeSleep,
-)
-
-ESTIMATORS: dict[str, Callable[[], ELBO]] = {
-    "CIWAE": lambda: CIWAE(3),
-    "CUBO": lambda: CUBO(3),
-    "DIP_ELBO": DIP_ELBO,
-    "DReG": lambda: DReG(3),
-    "EnumELBO": EnumELBO,
-    "IWAE": lambda: IWAE(3),
-    "KL_ELBO": lambda: KL_ELBO(kl_weight=LinearWarmup(10, start=0.5)),
-    "MIWAE": lambda: MIWAE(4, num_groups=2),
-    "PIWAE": lambda: PIWAE(4, num_groups=2),
-    "RelaxedELBO": RelaxedELBO,
-    "Renyi": lambda: Renyi(3),
-    "STL_ELBO": lambda: STL_ELBO(2),
-    "ScoreFunctionELBO": lambda: ScoreFunctionELBO(2),
-    "TVO": lambda: TVO(4),
-    "VIMCO": lambda: VIMCO(3),
-    "WakeSleep": lambda: WakeSleep(3),
-    "BetaTC_ELBO": lambda: BetaTC_ELBO(100),
-}
+from ppl_vae.infer import SVI, Objective
 
 
 def bits(n: int = 6) -> Tensor:

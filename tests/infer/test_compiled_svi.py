@@ -1,0 +1,211 @@
+"""Compiled steps are plain ones. But for one, the tests compile to torch's plain operators."""
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import ESTIMATORS, PAIRS
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor
+from torch.distributions import Distribution
+
+from ppl_vae import fit
+from ppl_vae.guides import MeanFieldGuide
+from ppl_vae.infer import IWAE, KL_ELBO, STL_ELBO, SVI, CompiledSVI, LinearWarmup, compiled_svi
+from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.models import VAE
+from ppl_vae.networks import MLP
+from ppl_vae.priors import StandardNormal
+
+PYROS = {
+    "Trace_ELBO": Trace_ELBO,
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "vectorised": lambda: Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1),
+}
+EVERY = {name: make for name, make in ESTIMATORS.items() if name != "EnumELBO"} | PYROS
+
+
+@pytest.fixture(autouse=True)
+def plain_operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if "inductor" not in request.keywords:
+        monkeypatch.setattr(compiled_svi, "BACKEND", "aot_eager")
+        monkeypatch.setattr(compiled_svi, "OPTIONS", None)
+    yield
+    torch._dynamo.reset()
+
+
+def bits(n: int = 6) -> Tensor:
+    return torch.bernoulli(torch.full((n, 4), 0.5, dtype=torch.float64))
+
+
+def run(
+    engine: type[SVI], pair: Any, elbo: ELBO, steps: int = 12, **options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the losses and the final tensors of a run, whose last two batches are smaller."""
+    model, guide, modules = pair
+    x = bits()
+    svi = engine(model, guide, torch.optim.Adam, elbo, **options)
+    torch.manual_seed(3)
+    losses = [svi.step(x if i < steps - 2 else x[:4]) for i in range(steps)]
+    return losses, [tensor for module in modules for tensor in module.state_dict().values()]
+
+
+def assert_alike(pair: Any, make: Any, **options: Any) -> None:
+    torch.manual_seed(0)
+    plain = run(SVI, pair(), make(), **options)
+    torch.manual_seed(0)
+    compiled = run(CompiledSVI, pair(), make(), **options)
+    for one, two in zip([*plain[0], *plain[1]], [*compiled[0], *compiled[1]], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_losses_and_parameters_are_those_of_plain_steps(name: str) -> None:
+    assert_alike(PAIRS["VAE"], EVERY[name], per_datum=True, clip_norm=0.5)
+
+
+@pytest.mark.parametrize("name", ["Trace_ELBO", "DReG", "VIMCO"])
+def test_plain_functions_are_compiled_too(name: str) -> None:
+    assert_alike(PAIRS["functions"], EVERY[name])
+
+
+@pytest.mark.inductor
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's own, on its way to a compiler
+def test_inductor_makes_the_same_draws() -> None:
+    assert_alike(PAIRS["VAE"], lambda: KL_ELBO(kl_weight=LinearWarmup(10)))
+
+
+def test_batch_norm_and_dropout_keep_their_meaning() -> None:
+    def pair() -> Any:
+        decoder = MLP(2, 4, hidden=3, normalization="batch", dropout=0.5)
+        encoder = MLP(4, hidden=3, normalization="batch")
+        model, guide = VAE(StandardNormal(2), Bernoulli(decoder)), MeanFieldGuide(encoder, 2)
+        return model.double(), guide.double(), [model, guide]
+
+    assert_alike(pair, KL_ELBO)
+    model, guide, _ = pair()
+    svi = CompiledSVI(model, guide, torch.optim.SGD, STL_ELBO())
+    svi.step(bits())
+    model.eval()
+    guide.eval()
+    before = [b.clone() for b in [*model.buffers(), *guide.buffers()]]
+    x = bits()
+    pyro.set_rng_seed(1)
+    expected = svi.objective.evaluate_loss(x)
+    pyro.set_rng_seed(1)
+    torch.testing.assert_close(svi.step(x), expected)
+    assert all((b == c).all() for b, c in zip(before, [*model.buffers(), *guide.buffers()], strict=True))
+
+
+def test_tracing_changes_nothing_but_what_a_step_changes() -> None:
+    model, guide, modules = PAIRS["VAE"]()
+    elbo = IWAE(3, kl_weight=LinearWarmup(10))
+    svi = CompiledSVI(model, guide, lambda p: torch.optim.SGD(p, lr=0.0), elbo)
+    x = bits()
+    before = [p.clone() for module in modules for p in module.parameters()]
+    validated = Distribution._validate_args
+    plain = SVI(*PAIRS["VAE"]()[:2], torch.optim.SGD, IWAE(3))
+    torch.manual_seed(5)
+    svi.step(x)
+    assert float(elbo.step) == 1
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    plain.step(x)
+    assert torch.equal(state, torch.get_rng_state())
+    after = [p for module in modules for p in module.parameters()]
+    assert all((p == q).all() for p, q in zip(before, after, strict=True))
+    assert Distribution._validate_args == validated
+
+
+def test_settings_and_tensors_that_change_make_no_stale_graph() -> None:
+    model, guide, _ = PAIRS["VAE"]()
+    elbo = KL_ELBO()
+    svi = CompiledSVI(model, guide, lambda p: torch.optim.SGD(p, lr=0.0), elbo)
+    x = bits()
+
+    def found() -> tuple[Tensor, Tensor]:
+        pyro.set_rng_seed(1)
+        compiled = svi.step(x)
+        pyro.set_rng_seed(1)
+        return compiled, svi.objective.evaluate_loss(x)
+
+    torch.testing.assert_close(*found())
+    elbo.kl_weight = 0.25
+    torch.testing.assert_close(*found())
+    with torch.no_grad():
+        for p in [*model.parameters(), *guide.parameters()]:
+            p.mul_(2.0)
+    torch.testing.assert_close(*found())
+    model.prior.loc = model.prior.loc + 0.5
+    torch.testing.assert_close(*found())
+
+
+def test_two_models_in_one_process_are_apart() -> None:
+    x, alone = bits(), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        alone.append(run(CompiledSVI, PAIRS["VAE"](), STL_ELBO()))
+    assert all(torch.equal(a, b) for a, b in zip(alone[0][0], alone[1][0], strict=True)), x
+
+
+def test_a_program_that_reads_values_falls_back_and_the_line_is_named() -> None:
+    _, guide, _ = PAIRS["VAE"]()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            scale = 1.0 if z.mean() > 0 else 2.0  # looks at a value
+            pyro.sample("x", dist.Normal(z.repeat(*[1] * (z.dim() - 1), 2), scale).to_event(1), obs=x)
+
+    svi = CompiledSVI(model, guide, torch.optim.Adam, KL_ELBO())
+    with pytest.warns(UserWarning, match="CompiledSVI: can't trace .*test_compiled_svi.py.*looks at a value"):
+        svi.step(bits())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert svi.step(bits(4)).isfinite()
+
+
+def test_estimators_without_a_differentiable_loss_fall_back() -> None:
+    model, guide, _ = PAIRS["VAE"]()
+    svi = CompiledSVI(model, guide, torch.optim.Adam, RenyiELBO(num_particles=2))
+    with pytest.warns(UserWarning, match="RenyiELBO has no differentiable loss; steps are those of SVI"):
+        assert svi.step(bits()).isfinite()
+
+
+def test_an_interrupt_while_tracing_leaves_everything_as_it_was() -> None:
+    model, guide, _ = PAIRS["VAE"]()
+    inner, calls = model.forward, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:  # the first is the dry run
+            raise KeyboardInterrupt
+        return inner(*args, **kwargs)
+
+    model.forward = interrupted
+    svi = CompiledSVI(model, guide, torch.optim.Adam, KL_ELBO())
+    with pytest.raises(KeyboardInterrupt):
+        svi.step(bits())
+    assert svi.step(bits()).isfinite()
+    torch.manual_seed(0)
+    assert_alike(PAIRS["VAE"], KL_ELBO)
+
+
+@pytest.mark.parametrize("elbo", ["KL_ELBO", "Trace_ELBO"])
+def test_fit_compiled_is_fit(elbo: str) -> None:
+    histories = []
+    x = bits(25)
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 10, "progress": False}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, guide, _ = PAIRS["VAE"]()
+        found = fit(model, guide, x, validation=x[:8], elbo=EVERY[elbo](), compile=compiled, **options)
+        histories.append([record | {"seconds": 0} for record in found.history])
+    for one, two in zip(*histories, strict=True):
+        assert one == pytest.approx(two, rel=1e-6)
