@@ -4,17 +4,19 @@ import contextlib
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pyro
 import torch
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.svi import SVI, Parts, with_parts
@@ -31,10 +33,12 @@ class CompiledSVI(SVI):
     the same loss and gradients up to rounding.
 
     Whatever is a tensor of the programs or of the estimator (parameters, buffers, the step of a schedule)
-    stays alive in the graph. Numbers are constants of it: a new graph is made when the mode (``train``,
-    ``eval``) of a module, a setting of the estimator, or a parameter or buffer itself is replaced. A program
-    that looks at values in Python (``.item()``, ``if tensor:``), or an estimator without a differentiable
-    loss, can't be traced: one warning names the line, and the steps are those of ``SVI``.
+    stays alive in the graph. Numbers are constants of it: a new graph is made when a module's mode
+    (``train``, ``eval``) or another plain attribute of it, a setting of the estimator, or a parameter or
+    buffer itself is replaced. Other things that a program reads, a global variable say, must not change.
+    Values are validated in the first step alone. A program that looks at values in Python (``.item()``,
+    ``if tensor:``), or an estimator without a differentiable loss, can't be traced: one warning names the
+    line, and the steps are those of ``SVI``.
 
     Args:
         model: program over the latent sites and the data; a module or a plain Pyro function.
@@ -61,7 +65,7 @@ class CompiledSVI(SVI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._steps: dict[Any, Step | None] = {}
-        self._warned = False
+        self._warned = self._stopped = False
         self._modules: list[torch.nn.Module] = []
 
     def setup(self, *batch: Tensor) -> None:
@@ -72,8 +76,17 @@ class CompiledSVI(SVI):
 
     def loss_and_grads(self, *batch: Tensor, parts: bool = False) -> tuple[Tensor, Parts]:
         """Set the parameters' gradients; return the loss and, if asked for, the parts of the true ELBO."""
+        # a handler of the caller's is nothing that a graph knows of
+        if _PYRO_STACK or self._stopped:
+            return super().loss_and_grads(*batch, parts=parts)
         key = parts, self._key(batch)
         if key not in self._steps:
+            if len(self._steps) == MOST_GRAPHS:
+                changes = ValueError(f"{MOST_GRAPHS} graphs, since something changes from step to step")
+                self._warn("has", changes)
+                self._steps.clear()
+                self._stopped = True
+                return super().loss_and_grads(*batch, parts=parts)
             self._steps[key] = self._compile(batch, parts)
         step = self._steps[key]
         if step is None:
@@ -82,6 +95,8 @@ class CompiledSVI(SVI):
             loss, gradients, found = step(*batch)
         for parameter, gradient in zip(self._parameters(), gradients, strict=True):
             parameter.grad = gradient
+        if isinstance(self.objective.estimator, Estimator):
+            self.objective.estimator.terms = None  # a graph gives their sums alone
         return loss, found
 
     def _key(self, batch: tuple[Tensor, ...]) -> Any:
@@ -89,18 +104,20 @@ class CompiledSVI(SVI):
         modules = [
             (
                 id(module),
-                module.training,
-                *map(id, module._parameters.values()),
+                *[(name, value) for name, value in vars(module).items() if isinstance(value, _PLAIN)],
+                *[(id(p), p is not None and p.requires_grad) for p in module._parameters.values()],
                 *map(id, module._buffers.values()),
+                *map(id, module._modules.values()),
             )
             for module in self._modules
         ]
         settings = [
-            (name, id(value) if isinstance(value, Tensor) else value)
+            (name, value if isinstance(value, Hashable) and not isinstance(value, Tensor) else id(value))
             for name, value in vars(self.objective.estimator).items()
-            if isinstance(value, (Tensor, *_PLAIN))
+            if name not in _RESULTS
         ]
-        return tuple((x.shape, x.dtype, x.device) for x in batch), tuple(modules), tuple(settings)
+        shapes = [(x.shape, x.stride(), x.dtype, x.device) for x in batch]
+        return tuple(shapes), tuple(modules), tuple(settings)
 
     def _compile(self, batch: tuple[Tensor, ...], parts: bool) -> Step | None:
         """Return the compiled step for batches like this one, or None, with a warning, if there is none."""
@@ -129,8 +146,13 @@ class CompiledSVI(SVI):
         parameters = self._parameters()
 
         def run(*batch: Tensor) -> Any:
-            loss, found = with_parts(self.objective, self.objective, batch, parts=parts)
-            return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True), found
+            with _NoNumbers():
+                loss, found = with_parts(self.objective, self.objective, batch, parts=parts)
+            wanted = [p for p in parameters if p.requires_grad]
+            gradients = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+            seen: set[int] = set()
+            own = [_own(next(gradients), seen) if p.requires_grad else None for p in parameters]
+            return loss.detach(), tuple(own), found
 
         with self._undone(batch), pyro.validation_enabled(False), _tensors_for_numbers(estimator):
             try:
@@ -145,6 +167,11 @@ class CompiledSVI(SVI):
         """Let a run change no parameter, no buffer and no random stream."""
         estimator = self.objective.estimator
         held = dict(self.objective.tensors())
+        held |= {
+            f"{i}.{name}": b
+            for i, m in enumerate(self._modules)
+            for name, b in m.named_buffers(recurse=False)
+        }
         if isinstance(estimator, Estimator):
             held["step"] = estimator.step
         before = {name: tensor.detach().clone() for name, tensor in held.items()}
@@ -165,6 +192,28 @@ class CompiledSVI(SVI):
             self._warned = True
 
 
+def _own(gradient: Tensor | None, seen: set[int]) -> Tensor | None:
+    """Return a gradient that shares its memory with no other, since it will be changed in place."""
+    if gradient is None:
+        return None
+    place = gradient.untyped_storage().data_ptr()
+    if place in seen or 0 in gradient.stride():
+        return gradient.clone(memory_format=torch.contiguous_format)
+    seen.add(place)
+    return gradient
+
+
+class _NoNumbers(TorchDispatchMode):
+    """Raises where a tensor's value becomes a number, also that of a tensor the tracer takes as constant."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            raise RuntimeError("a tensor's value is read in Python")
+        return func(*args, **(kwargs or {}))
+
+
+MOST_GRAPHS = 64
+_RESULTS = {"terms", "analytic", "parts", "max_plate_nesting"}  # of an estimator, not settings
 BACKEND = "inductor"
 OPTIONS: Any = {"fallback_random": True}  # the draws of plain steps
 _PLAIN = (bool, int, float, str, type(None))
@@ -224,5 +273,6 @@ def _line(error: Exception) -> str:
         for f in frames
         if not any(f"{Path('/')}{name}{Path('/')}" in f.filename for name in ("torch", "pyro"))
     ]
+    own = [f for f in own if f.filename != __file__] or own
     frame = (own or frames)[-1]
     return f"{frame.filename}:{frame.lineno} ({frame.line})"

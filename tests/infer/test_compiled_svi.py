@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import ESTIMATORS, PAIRS
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ppl_vae import fit
@@ -209,3 +209,96 @@ def test_fit_compiled_is_fit(elbo: str) -> None:
         histories.append([record | {"seconds": 0} for record in found.history])
     for one, two in zip(*histories, strict=True):
         assert one == pytest.approx(two, rel=1e-6)
+
+
+class Odd(nn.Module):
+    """A decoder with much that a graph could miss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 4).double()
+        self.a, self.b = (nn.Parameter(torch.ones(4, dtype=torch.float64)) for _ in range(2))
+        self.drop = nn.Dropout(0.5)
+        self.k = 1.0
+        self.register_buffer("n", torch.zeros((), dtype=torch.float64), persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.n += 1
+        return self.drop(self.k * (self.linear(z) + (self.a + self.b))) + 0.01 * self.n
+
+
+def freeze(svi: SVI) -> None:
+    svi.objective.guide.requires_grad_(False)
+
+
+def other_schedule(svi: SVI) -> None:
+    svi.objective.estimator.kl_weight = LinearWarmup(3)
+
+
+def no_dropout(svi: SVI) -> None:
+    svi.objective.model.likelihood.decoder.drop.p = 0.0
+
+
+def other_number(svi: SVI) -> None:
+    svi.objective.model.likelihood.decoder.k = 2.0
+
+
+def other_network(svi: SVI) -> None:
+    torch.manual_seed(9)
+    svi.objective.model.likelihood.decoder.linear = nn.Linear(2, 4).double()
+    torch.manual_seed(10)
+
+
+@pytest.mark.filterwarnings("ignore:.* was not registered in the param store")  # Pyro's, of frozen ones
+@pytest.mark.parametrize("change", [freeze, other_schedule, no_dropout, other_number, other_network])
+def test_what_changes_between_steps_counts(change: Any) -> None:
+    found = []
+    for engine in (SVI, CompiledSVI):
+        torch.manual_seed(0)
+        model = VAE(StandardNormal(2), Bernoulli(Odd())).double()
+        guide, x = MeanFieldGuide(MLP(4, hidden=3), 2).double(), bits()
+        elbo = KL_ELBO(kl_weight=LinearWarmup(10))
+        svi = engine(model, guide, lambda p: torch.optim.SGD(p, lr=0.1), elbo, per_datum=True, clip_norm=0.5)
+        losses = [svi.step(x) for _ in range(2)]
+        change(svi)
+        losses += [svi.step(x) for _ in range(3)]
+        found.append([*losses, *model.parameters(), *guide.parameters(), model.likelihood.decoder.n])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["schedule", "buffer"])
+def test_numbers_read_from_tensors_fall_back(where: str) -> None:
+    model, guide, _ = PAIRS["VAE"]()
+    elbo = KL_ELBO(kl_weight=lambda step: min(1.0, float(step) / 4)) if where == "schedule" else KL_ELBO()
+    if where == "buffer":
+        model.prior.register_buffer("flag", torch.ones(()))
+        inner = model.prior.forward
+        model.prior.forward = lambda: dist.Normal(model.prior.flag.item() * inner().mean, 1.0).to_event(1)
+    svi = CompiledSVI(model, guide, torch.optim.Adam, elbo)
+    with pytest.warns(UserWarning, match="can't trace .*test_compiled_svi.py.* a tensor's value is read"):
+        svi.step(bits())
+
+
+def test_steps_inside_a_handler_are_plain_and_many_graphs_end_in_plain_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, guide, _ = PAIRS["VAE"]()
+    svi, x = CompiledSVI(model, guide, lambda p: torch.optim.SGD(p, lr=0.0), KL_ELBO()), bits()
+    pyro.set_rng_seed(1)
+    loss = svi.step(x)
+    pyro.set_rng_seed(1)
+    with pyro.poutine.scale(scale=2.0):
+        torch.testing.assert_close(svi.step(x), 2 * loss)
+    monkeypatch.setattr(compiled_svi, "MOST_GRAPHS", 2)
+    svi.step(bits(3))
+    with pytest.warns(UserWarning, match="2 graphs, since something changes"):
+        svi.step(bits(5))
+    assert svi.step(bits(2)).isfinite()
+
+
+def test_other_strides_are_another_graph() -> None:
+    model, guide, _ = PAIRS["VAE"]()
+    svi = CompiledSVI(model, guide, torch.optim.Adam, KL_ELBO())
+    for x in (bits(), bits().mT.contiguous().mT):
+        assert svi.step(x).isfinite()
