@@ -109,12 +109,6 @@ def plain_of(estimator: ELBO, reparameterized: bool) -> tuple[Any, ...] | None:
     return ScoreFunctionELBO, (("num_particles", _PARTICLES), ("kl_weight", kl_weight))
 
 
-def size_of_plate(site: Any) -> int:
-    """Return N, the full size of the data plate: what a loss is the sum over."""
-    frame = next(f for f in site["cond_indep_stack"] if f.vectorized and f.dim == -1)
-    return int(frame.full_size or frame.size)
-
-
 @contextmanager
 def naming(name: str) -> Iterator[None]:
     """Let what goes wrong with an estimator name it."""

@@ -19,7 +19,6 @@ from ppl_vae.evaluation._compared import (
     named_estimators,
     naming,
     plain_of,
-    size_of_plate,
 )
 from ppl_vae.evaluation._gradients import Gradients, peak_memory, relative_bias, standing, take_gradients
 from ppl_vae.evaluation.evaluate import evaluate
@@ -31,6 +30,7 @@ from ppl_vae.infer.running import (
     Program,
     batch_arguments,
     check_pair,
+    data_plate,
     evaluating,
     latent_sites,
     observed_sites,
@@ -203,7 +203,8 @@ def compare_estimators(
         guide_sites = latent_sites(traces[1])
         complete = latent_sites(traces[0]).keys() <= guide_sites.keys()
         reparameterized = all(site["fn"].has_rsample for site in guide_sites.values())
-        size = size_of_plate(next(iter(observed_sites(traces[0]).values())))
+        plate = data_plate(*next(iter(observed_sites(traces[0]).items())))
+        size = plate.full_size or plate.size  # N, what a loss is the sum over
         del traces
     objectives = {}
     for name, estimator in named.items():

@@ -13,7 +13,7 @@ from ppl_vae._checks import check_at_least, check_positive_int
 from ppl_vae.infer.log_weights import Terms
 from ppl_vae.infer.running import Program
 from ppl_vae.infer.schedules import Schedule
-from ppl_vae.infer.scoring import Gradient, Scores, check_apart, check_reparameterized, score
+from ppl_vae.infer.scoring import Gradient, Scores, check_apart, check_baseline, check_reparameterized, score
 
 
 class Estimator(ELBO):
@@ -39,6 +39,7 @@ class Estimator(ELBO):
     """
 
     gradient: Gradient = "full"  # which way gradients reach the guide
+    score_function = False  # whether sites that are not reparameterised have the score function
     weighs_draws = False  # whether the gradient through each draw has a weight of its own
 
     def __init__(self, num_particles: int = 1, *, kl_weight: float | Schedule = 1.0) -> None:
@@ -59,6 +60,9 @@ class Estimator(ELBO):
 
     def check(self, scores: Scores) -> None:
         """Raise if the estimator is wrong for a pair; here, for draws without a gradient, or coupled data."""
+        if self.score_function:
+            check_baseline(scores, type(self).__name__, self.num_particles)
+            return
         if self.weighs_draws:
             check_apart(scores, type(self).__name__)
         if self.gradient != "score":

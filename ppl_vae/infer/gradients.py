@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.infer.estimator import Estimator
-from ppl_vae.infer.scoring import Scores, check_apart
+from ppl_vae.infer.scoring import Scores
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -39,29 +38,13 @@ def two_objectives(scores: Scores, kl_weight: Any, model_shares: Tensor, guide_s
     # one too small to be told from zero is raised, so that the guide's can be recovered from it
     model_shares = model_shares.clamp(min=torch.finfo(model_shares.dtype).eps ** 2)
     scale_gradients(scores, guide_shares / model_shares)
-    joint = scores.reconstruction
-    for name, log_prob in scores.prior.items():
-        joint = joint + kl_weight * scores.weights[name] * log_prob
     log_q = sum(kl_weight * scores.weights[name] * log_prob for name, log_prob in scores.guide.items())
-    return torch.where(none, 0.0, model_shares * joint - guide_shares * log_q).sum(0)
+    return torch.where(none, 0.0, model_shares * scores.joint(kl_weight) - guide_shares * log_q).sum(0)
 
 
 def weighted_sum(shares: Tensor, values: Tensor) -> Tensor:
     """Return the sum over draws of ``shares * values``, without those of share 0, infinite ones say."""
     return torch.where(shares > 0, shares * values, 0.0).sum(0)
-
-
-def check_baseline(estimator: Estimator, scores: Scores) -> None:
-    """Raise if a site needs the score function and there is no second draw for a baseline."""
-    discrete = [name for name, site in scores.guide_sites.items() if not site["fn"].has_rsample]
-    if discrete:
-        check_apart(scores, type(estimator).__name__)
-    for name in discrete:
-        if estimator.num_particles < 2:
-            raise ValueError(
-                f"num_particles: expected at least 2, since site {name!r} is not reparameterised and the "
-                f"other draws are the baseline of its score function, got {estimator.num_particles}"
-            )
 
 
 def with_score_function(scores: Scores, log_weights: Tensor, bound: Callable[[Tensor], Tensor]) -> Tensor:

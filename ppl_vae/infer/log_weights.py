@@ -86,13 +86,19 @@ def terms_of_sites(model_sites: Mapping[str, Site], guide_sites: Mapping[str, Si
             kl[name] = per_datum_log_prob(name, guide_sites[name]) - per_datum_log_prob(name, site)
         else:
             raise ValueError(f"guide: lacks the model's latent site {name!r}; it has {sorted(guide_sites)}")
+    check_auxiliary(guide_sites, model_sites)
     for name in guide_sites.keys() - model_sites.keys():
-        if not guide_sites[name]["infer"].get("is_auxiliary"):
-            raise ValueError(f"guide: site {name!r} is no latent site of the model: {sorted(model_sites)}")
         kl[name] = per_datum_log_prob(name, guide_sites[name])
     if not reconstruction:
         raise ValueError("model: expected an observed site (`obs=x`), found none")
     return Terms(sum(reconstruction[1:], reconstruction[0]), kl)
+
+
+def check_auxiliary(guide_sites: Mapping[str, Site], model_sites: Mapping[str, Site]) -> None:
+    """Raise if the guide has a site that is neither the model's nor marked as auxiliary."""
+    for name in guide_sites.keys() - model_sites.keys():
+        if not guide_sites[name]["infer"].get("is_auxiliary"):
+            raise ValueError(f"guide: site {name!r} is no latent site of the model: {sorted(model_sites)}")
 
 
 def per_datum_log_prob(name: str, site: Site) -> Tensor:

@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.params.param_store import module_from_param_with_module_name
 from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -121,9 +122,7 @@ def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, T
         guide_trace = poutine.trace(in_own_store(guide)).get_trace(*batch)
         model_trace = poutine.trace(poutine.replay(in_own_store(model), trace=guide_trace)).get_trace(*batch)
     except (ValueError, RuntimeError) as error:
-        cause: BaseException = error
-        if error.__cause__ is not None and "Trace Shapes" in str(error):
-            cause = error.__cause__  # without Pyro's table of all shapes
+        cause = without_table(error)
         if guide_trace is not None:
             try:
                 alone = poutine.trace(in_own_store(model)).get_trace(*batch)
@@ -132,6 +131,13 @@ def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, T
             check_latents(alone, guide_trace)
         raise cause from None
     return model_trace, guide_trace
+
+
+def without_table(error: BaseException) -> BaseException:
+    """Return what ``error`` was raised from if it only adds Pyro's table of all shapes, else ``error``."""
+    if error.__cause__ is not None and "Trace Shapes" in str(error):
+        return error.__cause__
+    return error
 
 
 def batch_arguments(program: Program, batch: tuple[Tensor, ...], name: str = "data") -> tuple[Tensor, ...]:
@@ -229,14 +235,19 @@ def check_latents(model_trace: Trace, guide_trace: Trace) -> None:
 
 
 def data_plate_size(name: str, site: Site) -> int:
-    """Return the size of the plate at dim -1 that ``site`` is in.
+    """Return the size of the plate at dim -1 that ``site`` is in: the number of data in the batch."""
+    return data_plate(name, site).size
+
+
+def data_plate(name: str, site: Site) -> CondIndepStackFrame:
+    """Return the plate at dim -1 that ``site`` is in.
 
     Raises:
         ValueError: if the site is in no such plate, so that it has no value per datum.
     """
     for frame in site["cond_indep_stack"]:
         if frame.vectorized and frame.dim == -1:
-            return frame.size
+            return frame
     raise ValueError(
         f'site {name!r}: expected per-datum randomness in `pyro.plate("data", n, dim=-1)`, '
         f"got plates {[(frame.name, frame.dim) for frame in site['cond_indep_stack']]} (name, dim)"

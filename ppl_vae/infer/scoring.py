@@ -20,7 +20,7 @@ from torch.distributions.constraints import Constraint
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
-from ppl_vae.infer.log_weights import PARTICLE_DIM, Terms, per_datum_log_prob
+from ppl_vae.infer.log_weights import PARTICLE_DIM, Terms, check_auxiliary, per_datum_log_prob
 from ppl_vae.infer.running import (
     Program,
     Site,
@@ -28,6 +28,7 @@ from ppl_vae.infer.running import (
     data_plate_size,
     latent_sites,
     observed_sites,
+    without_table,
 )
 
 Gradient = Literal["full", "path", "score"]
@@ -68,6 +69,13 @@ class Scores:
             return total
         for name in self.guide:
             total = total - kl_weight * self.weights[name] * self.kl(name)
+        return total
+
+    def joint(self, kl_weight: Any = 1.0) -> Tensor:
+        """Return log p(x | z) + sum of weight * log p(z), ``[K, n]``."""
+        total = self.reconstruction
+        for name, log_prob in self.prior.items():
+            total = total + kl_weight * self.weights[name] * log_prob
         return total
 
     def kl(self, name: str) -> Tensor:
@@ -113,15 +121,15 @@ def score(
     if gradient == "score":
         drawing = _ConstantDraws()
     log_q: dict[str, Tensor] | None = None
-    with _errors_without_table(), _coupling(find_coupling) as coupled:
+    with _errors_without_table():
         # outside of the plates, which widen what is drawn
         guide_trace = poutine.trace(run_guide if drawing is None else drawing(run_guide)).get_trace(*batch)
         guide_sites = latent_sites(guide_trace)
         aliases = _with_aliases(guide_trace)
         if gradient == "path":
             log_q = _log_q_of_constants(guide, run_guide, aliases, batch)
-        coupled.clear()  # those of the guide see no draws
-        model_trace = poutine.trace(poutine.replay(run_model, trace=aliases)).get_trace(*batch)
+        with _coupling(find_coupling) as coupled:
+            model_trace = poutine.trace(poutine.replay(run_model, trace=aliases)).get_trace(*batch)
     for name in observed_sites(guide_trace):
         raise ValueError(
             f"site {name!r}: expected no observed site (`obs=`, `pyro.factor`) in the guide, which would not "
@@ -159,9 +167,9 @@ def _errors_without_table() -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if error.__cause__ is None or "Trace Shapes" not in str(error):
+        if (cause := without_table(error)) is error:
             raise
-        raise error.__cause__ from None
+        raise cause from None
 
 
 def _scores(
@@ -176,9 +184,7 @@ def _scores(
         raise ValueError("model: expected an observed site (`obs=x`), found none")
     if missing := sorted(model_sites.keys() - guide_sites.keys()):
         raise ValueError(f"guide: lacks the model's latent sites {missing}; it has {sorted(guide_sites)}")
-    for name in guide_sites.keys() - model_sites.keys():
-        if not guide_sites[name]["infer"].get("is_auxiliary"):
-            raise ValueError(f"guide: site {name!r} is no latent site of the model: {sorted(model_sites)}")
+    check_auxiliary(guide_sites, model_sites)
     plate = _plate_scale(*next(iter(observed.items())))
     for name, site in [*observed.items(), *model_sites.items(), *guide_sites.items()]:
         data_plate_size(name, site)
@@ -286,13 +292,13 @@ def _shown(scale: Any) -> str:
 # -- which way gradients go ------------------------------------------------------------------------
 
 
-def check_reparameterized(guide_sites: Mapping[str, Site], why: str, instead: str = "VIMCO") -> None:
+def check_reparameterized(guide_sites: Mapping[str, Site], why: str) -> None:
     """Raise if a site of the guide can't be drawn with a gradient to its parameters."""
     for name, site in guide_sites.items():
         if not site["fn"].has_rsample:
             raise ValueError(
                 f"site {name!r}: expected a reparameterised distribution (`has_rsample`) in the guide, since "
-                f"{why}, got {_name_of(site['fn'])}; use {instead} (score function), EnumELBO or RelaxedELBO"
+                f"{why}, got {_name_of(site['fn'])}; use VIMCO (score function), EnumELBO or RelaxedELBO"
             )
 
 
@@ -304,6 +310,19 @@ def check_apart(scores: Scores, name: str) -> None:
             f"each draw, got {type(scores.coupling).__name__} in training mode; use layer normalisation, "
             "KL_ELBO or IWAE"
         )
+
+
+def check_baseline(scores: Scores, name: str, num_particles: int) -> None:
+    """Raise if a site needs the score function and there is no second draw for a baseline."""
+    discrete = [site for site, found in scores.guide_sites.items() if not found["fn"].has_rsample]
+    if discrete:
+        check_apart(scores, name)
+    for site in discrete:
+        if num_particles < 2:
+            raise ValueError(
+                f"num_particles: expected at least 2, since site {site!r} is not reparameterised and the "
+                f"other draws are the baseline of its score function, got {num_particles}"
+            )
 
 
 class _ConstantDraws(Messenger):

@@ -5,10 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ppl_vae.infer.estimator import Estimator
-from ppl_vae.infer.gradients import (
-    check_baseline,
-    with_score_function,
-)
+from ppl_vae.infer.gradients import with_score_function
 from ppl_vae.infer.schedules import Schedule
 from ppl_vae.infer.scoring import Scores
 
@@ -30,14 +27,11 @@ class ScoreFunctionELBO(Estimator):
         ValueError: on a run, if a site needs a baseline and K is 1.
     """
 
+    score_function = True
     weighs_draws = True
 
     def __init__(self, num_particles: int = 5, *, kl_weight: float | Schedule = 1.0) -> None:
         super().__init__(num_particles, kl_weight=kl_weight)
-
-    def check(self, scores: Scores) -> None:
-        """Raise if there is no baseline."""
-        check_baseline(self, scores)
 
     def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
         """Return the mean of the log weights, ``[n]``."""

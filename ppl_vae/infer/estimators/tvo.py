@@ -8,10 +8,7 @@ from torch import Tensor
 
 from ppl_vae._checks import check_number, check_positive_int
 from ppl_vae.infer.estimator import Estimator
-from ppl_vae.infer.gradients import (
-    check_baseline,
-    with_score_function,
-)
+from ppl_vae.infer.gradients import with_score_function
 from ppl_vae.infer.schedules import Schedule
 from ppl_vae.infer.scoring import Scores
 
@@ -39,6 +36,9 @@ class TVO(Estimator):
             reparameterised.
     """
 
+    score_function = True
+    weighs_draws = True
+
     def __init__(
         self,
         num_particles: int = 50,
@@ -52,12 +52,6 @@ class TVO(Estimator):
         if not 0 < check_number("smallest", smallest) < 1:
             raise ValueError(f"smallest: expected a number in (0, 1), got {smallest!r}")
         self.smallest = smallest
-
-    weighs_draws = True
-
-    def check(self, scores: Scores) -> None:
-        """Raise if there is no baseline for sites that are not reparameterised."""
-        check_baseline(self, scores)
 
     def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
         """Return the sum, ``[n]``."""

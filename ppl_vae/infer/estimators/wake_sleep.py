@@ -62,10 +62,7 @@ class WakeSleep(Estimator):
             scale_gradients(scores, (1 - self.sleep) * (1 - shares))
             surrogate = log_weights
         else:
-            joint = scores.reconstruction
-            for name, log_prob in scores.prior.items():
-                joint = joint + scores.weights[name] * log_prob
-            surrogate = joint + (1 - self.sleep) * sum(scores.guide.values())
+            surrogate = scores.joint() + (1 - self.sleep) * sum(scores.guide.values())
         return with_gradient_of(log_mean_exp(log_weights), weighted_sum(shares, surrogate))
 
     def differentiable_loss(self, model: Program, guide: Program, *batch: Tensor) -> Tensor:
