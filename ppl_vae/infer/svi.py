@@ -10,9 +10,10 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ppl_vae._checks import check_positive
+from ppl_vae._checks import check_choice, check_positive
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.objective import Objective
+from ppl_vae.infer.precision import PRECISIONS, Precision, network_precision
 from ppl_vae.infer.recording import SiteRecorder, term_sums
 from ppl_vae.infer.running import Program
 
@@ -40,9 +41,12 @@ class SVI:
         clip_norm: the largest norm of the gradient of all parameters together; None for no limit.
         per_datum: divide the gradient by the batch size, so that step size and ``clip_norm`` mean
             the same for every batch size. ``pyro.infer.SVI`` doesn't.
+        precision: that of linear layers, convolutions and attention: ``"float32"``; ``"tf32"``, which CUDA
+            has hardware for; or ``"bf16"``. All else is never in low precision.
 
     Raises:
         TypeError: if ``optim`` or ``loss`` is none of these.
+        ValueError: if ``precision`` is unknown.
         RuntimeError: if several processes of torch.distributed would each train a copy.
 
     Example:
@@ -65,6 +69,7 @@ class SVI:
         *,
         clip_norm: float | None = None,
         per_datum: bool = False,
+        precision: Precision = "float32",
     ) -> None:
         if not callable(optim) and not isinstance(optim, Optimizer):
             raise TypeError(
@@ -81,6 +86,8 @@ class SVI:
         self.optim = optim
         self.clip_norm = None if clip_norm is None else check_positive("clip_norm", clip_norm)
         self.per_datum = per_datum
+        check_choice("precision", precision, PRECISIONS)
+        self.precision = precision
         self._stepped = False
 
     def setup(self, *batch: Tensor) -> None:
@@ -152,11 +159,13 @@ class SVI:
 
     def loss_and_grads(self, *batch: Tensor, parts: bool) -> tuple[Tensor, Parts]:
         """Add the loss's gradients to ``grad`` of the parameters; return it and the parts of the ELBO."""
-        return with_parts(self.objective, self.objective.loss_and_grads, batch, parts=parts)
+        with network_precision(self.precision):
+            return with_parts(self.objective, self.objective.loss_and_grads, batch, parts=parts)
 
     def evaluate_loss(self, *batch: Tensor) -> Tensor:
         """Return the loss, a scalar tensor, without taking a step: one noisy estimate."""
-        return self.objective.evaluate_loss(*batch)
+        with network_precision(self.precision):
+            return self.objective.evaluate_loss(*batch)
 
 
 def with_parts(

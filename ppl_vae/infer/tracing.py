@@ -1,0 +1,135 @@
+"""Steps traced once into a graph of tensor operations, and compiled."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyro
+import torch
+import torch._inductor
+from pyro.infer import ELBO
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A function as a graph of tensor operations, without the Python around them.
+
+    Attributes:
+        graph: from the held tensors and the inputs to the tensors of the result.
+        held: the tensors that the function read besides its inputs, such as parameters and buffers, whose
+            later values count.
+        tensors: for each leaf of the result, whether it is a tensor, else None.
+        spec: the nesting of the result.
+    """
+
+    graph: GraphModule
+    held: list[Tensor]
+    tensors: list[bool]
+    spec: Any
+
+    def compile(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """Return the function compiled for inputs of these shapes; its draws are those of torch."""
+        compiled = compile_graph(self.graph, [*self.held, *inputs])
+
+        def run(*inputs: Tensor) -> Any:
+            found = iter(compiled(*self.held, *inputs))
+            return tree_unflatten([next(found) if tensor else None for tensor in self.tensors], self.spec)
+
+        return run
+
+
+def trace(run: Callable[..., Any], inputs: Sequence[Tensor], elbo: ELBO) -> Traced:
+    """Trace ``run(*inputs)``, which computes an estimate of an ELBO.
+
+    Raises:
+        RuntimeError: if a value is read in Python, in what runs under ``NoNumbers`` above all.
+    """
+    structure: list[Any] = []
+
+    def flat(*inputs: Tensor) -> list[Tensor]:
+        leaves, spec = tree_flatten(run(*inputs))
+        structure[:] = [isinstance(leaf, Tensor) for leaf in leaves], spec
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    with pyro.validation_enabled(False), _tensors_for_numbers(elbo):
+        graph, held = _lift(make_fx(flat)(*inputs))
+    return Traced(graph, held, *structure)
+
+
+def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Return the graph compiled by TorchInductor, without gradients."""
+    before = Distribution._validate_args  # compiling switches it off
+    try:
+        with torch.no_grad():
+            return torch._inductor.compile(graph, list(inputs), {"fallback_random": True})
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def line_of(error: Exception) -> str:
+    """Return the line of the user's, or the library's, that an error came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        f
+        for f in frames
+        if not any(f"{Path('/')}{name}{Path('/')}" in f.filename for name in ("torch", "pyro"))
+    ]
+    own = [f for f in own if f.filename != __file__] or own
+    frame = (own or frames)[-1]
+    return f"{frame.filename}:{frame.lineno} ({frame.line})"
+
+
+def _lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """Make inputs of the tensors that a graph holds, and return them."""
+    constants: list[Tensor] = []
+    first = next(iter(graph.graph.nodes))
+    inputs: dict[str, Any] = {}
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        name = str(node.target)
+        if name not in inputs:
+            with graph.graph.inserting_before(first):
+                inputs[name] = graph.graph.placeholder(f"held_{len(inputs)}")
+            constants.append(getattr(graph, name))
+        node.replace_all_uses_with(inputs[name])
+        graph.graph.erase_node(node)
+    for name in inputs:
+        delattr(graph, name)
+    graph.recompile()
+    return graph, constants
+
+
+class NoNumbers(TorchDispatchMode):
+    """Raises where a tensor's value becomes a number, also that of a tensor the tracer takes as constant."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            raise RuntimeError("a tensor's value is read in Python")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _tensors_for_numbers(estimator: Any) -> Iterator[None]:
+    """Let Pyro's estimators keep the tensors that they turn into numbers, and not look for NaN."""
+    with contextlib.ExitStack() as stack:
+        for cls in type(estimator).__mro__:
+            module = sys.modules[cls.__module__]
+            if cls.__module__.startswith("pyro.infer."):
+                for name, instead in (("torch_item", _detached), ("warn_if_nan", lambda *_: None)):
+                    if hasattr(module, name):
+                        stack.enter_context(mock.patch.object(module, name, instead))
+        yield
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
