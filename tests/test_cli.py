@@ -253,7 +253,7 @@ def test_help_of_fit_follows_the_classes_on_the_line(cli: Callable[[str], Result
     words = " ".join(cli(line).out.split())
     assert "--encoder ConvEncoder: --encoder.hidden int number of features" in words
     assert "--encoder.channels int | Sequence[int]" in words
-    assert "--likelihood.scale Union[float, Literal['learned', 'network']]" in words
+    assert "--likelihood.scale float | learned | network" in words
     assert "--scheduler.T_max int Maximum number of iterations (required)" in words
     assert "--decoder.channels" not in words
     assert "--decoder" not in cli("fit --model LinearGaussian --help").out.split("--model LinearGaussian:")[1]

@@ -44,7 +44,7 @@ def _fit_settings() -> dict[str, Setting]:
             "start the output bias at the logit of the data mean, where likelihood and decoder can",
             *(bool, True, training),
         ),
-        "seed": of_fit["seed"],
+        **{name: of_fit[name] for name in ("compile", "precision", "seed")},
         "device": Setting("cpu, cuda or cuda:N", group=training, metavar="NAME"),
         "progress": Setting("show a progress bar", bool, sys.stderr.isatty(), training),
         "output": Setting("by default runs/ and the data's name", group=folder, metavar="FOLDER"),

@@ -61,7 +61,8 @@ class Setting:
             result = REQUIRED
         if result is REQUIRED or (result is None and NoneType not in members):
             got = "no value" if value is BARE else repr(value)
-            raise ValueError(f"expected {_type_text(self.type)}, got {got}")
+            near = did_you_mean(value, choices) if (choices := _choices(self.type)) else ""
+            raise ValueError(f"expected {_type_text(self.type)}, got {got}{near}")
         return result
 
 
@@ -121,9 +122,21 @@ def _plain_type(annotation: Any, default: Any = None) -> Any:
     return None if None in inner else (Sequence if origin is Iterable else origin)[tuple(inner)]
 
 
+def _choices(kind: Any) -> list[Any]:
+    """Return the words that a type allows, if it lists them."""
+    parts = [kind, *get_args(kind)]
+    return [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+
+
 def _type_text(kind: Any) -> str:
     if kind is bool:
         return "true | false"
+    if kind is NoneType:
+        return "None"
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        return " | ".join(map(_type_text, get_args(kind)))
     return re.sub(r"\w+\.", "", str(kind)) if get_args(kind) else kind.__name__
 
 

@@ -1,8 +1,10 @@
 """Stochastic variational inference whose steps are traced once and compiled."""
 
 import contextlib
+import functools
 import itertools
 import operator
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ppl_vae.infer.cuda_graphs import Replay, is_capturable, make_capturable, tensors_of
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.precision import network_precision
 from ppl_vae.infer.svi import SVI, Parts, with_parts
@@ -48,6 +52,9 @@ class CompiledSVI(SVI):
         per_datum: as in ``SVI``.
         precision: as in ``SVI``.
 
+    Attributes:
+        plain: whether steps are those of ``SVI``, from now on.
+
     Raises:
         TypeError, RuntimeError: as ``SVI``.
 
@@ -68,12 +75,37 @@ class CompiledSVI(SVI):
         self._keys: dict[Hashable, int] = {}
         self._held: dict[int, Tensor] = {}  # the tensors of all graphs
         self._state: _State | None = None
-        self._warned = self._stopped = False
+        self._replays: dict[Any, Replay] = {}
+        self._warned = False
+        self.plain = False
+
+    def setup(self, *batch: Tensor) -> None:
+        """Check the pair on a batch and build the optimiser; the first ``step`` does it if need be."""
+        given = self.optim
+        super().setup(*batch)
+        if self.optim is not given and batch[0].is_cuda and isinstance(self.optim, Optimizer):
+            make_capturable(self.optim, batch[0].device)
+
+    def step_with_parts(self, *batch: Tensor, parts: bool = True) -> tuple[Tensor, Parts]:
+        """Take one gradient step; return its loss and the parts of the true ELBO, from the same draws.
+
+        On CUDA the whole step, with the optimiser's, is one CUDA graph, if the optimiser allows it
+        (``capturable``); the first steps on a new shape are taken without.
+        """
+        self.setup(*batch)
+        take, optim = functools.partial(super().step_with_parts, parts=parts), self.optim
+        whole = batch[0].is_cuda and isinstance(optim, Optimizer) and is_capturable(optim)
+        if not whole or self.plain or _PYRO_STACK or (graph := self._graph(batch, parts)) is None:
+            return take(*batch)
+        key = graph, self.clip_norm, self.per_datum, *tensors_of(optim)
+        if key not in self._replays:
+            self._replays[key] = Replay(take)
+        return self._replays[key](*batch)
 
     def loss_and_grads(self, *batch: Tensor, parts: bool = False) -> tuple[Tensor, Parts]:
         """Set the parameters' gradients; return the loss and, if asked for, the parts of the true ELBO."""
         # a handler of the caller's is nothing that a graph knows of
-        graph = None if _PYRO_STACK or self._stopped else self._graph(batch, parts)
+        graph = None if _PYRO_STACK or self.plain else self._graph(batch, parts)
         if graph is None:
             return super().loss_and_grads(*batch, parts=parts)
         with torch.no_grad(), network_precision("tf32" if self.precision == "tf32" else "float32"):
@@ -83,6 +115,19 @@ class CompiledSVI(SVI):
         if isinstance(self.objective.estimator, Estimator):
             self.objective.estimator.terms = None  # a graph gives their sums alone
         return loss, found
+
+    def time_plain_step(self, *batch: Tensor) -> float:
+        """Return the seconds that loss and gradients take without a graph; nothing is changed."""
+        self.setup(*batch)
+        seconds = []
+        with self._undone(batch):
+            for _ in range(4):  # the first one warms up
+                start = time.perf_counter()
+                float(super().loss_and_grads(*batch, parts=True)[0])
+                seconds.append(time.perf_counter() - start)
+        for parameter in self._parameters():
+            parameter.grad = None
+        return min(seconds)
 
     def _graph(self, batch: tuple[Tensor, ...], parts: bool) -> Graph | None:
         """Return the graph of a step on such a batch, compiled if need be; None if steps are plain."""
@@ -94,7 +139,7 @@ class CompiledSVI(SVI):
                 changes = ValueError(f"{MOST_GRAPHS} graphs, since something changes from step to step")
                 self._warn("has", changes)
                 self._graphs.clear()
-                self._stopped = True
+                self.plain = True
                 return None
             graph = self._compile(batch, parts)
             self._look()
@@ -204,13 +249,15 @@ class _State:
         found: list[Any] = []
         for owner in self.owners:
             found.append(type(owner))
-            settings = not isinstance(owner, nn.Module)
-            for name, value in vars(owner).items():
-                if isinstance(value, _PLAIN) or (settings and name not in _RESULTS):
-                    found.append((name, value if isinstance(value, Hashable) else id(value)))
-                elif id(value) in held:
-                    found.append((name, id(value)))
-            if isinstance(owner, nn.Module):
+            if not isinstance(owner, nn.Module):
+                settings = [(name, value) for name, value in vars(owner).items() if name not in _RESULTS]
+                found += [(name, v if isinstance(v, Hashable) else id(v)) for name, v in settings]
+            else:
+                for name, value in vars(owner).items():
+                    if isinstance(value, _PLAIN):
+                        found.append((name, value))
+                    elif id(value) in held:
+                        found.append((name, id(value)))
                 found += [*owner._modules, len(owner._forward_hooks), len(owner._forward_pre_hooks)]
                 for tensor in (*owner._parameters.values(), *owner._buffers.values()):
                     found.append(id(tensor))

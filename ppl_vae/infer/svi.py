@@ -88,21 +88,26 @@ class SVI:
         self.per_datum = per_datum
         check_choice("precision", precision, PRECISIONS)
         self.precision = precision
-        self._stepped = False
+        self._ready = self._stepped = False
 
     def setup(self, *batch: Tensor) -> None:
         """Check the pair on a batch and build the optimiser; the first ``step`` does it if need be."""
-        if self.objective.trainable is None:
-            self.objective.setup(*batch)
-            parameters = self._parameters()
-            if not parameters:
-                raise ValueError("model, guide: expected a trainable parameter, found none")
-            if not isinstance(self.optim, (Optimizer, PyroOptim)):
-                self.optim = self.optim(parameters)
-            if isinstance(self.optim, Optimizer):
-                held = {id(p) for group in self.optim.param_groups for p in group["params"]}
-                if all(id(p) not in held for p in parameters):
-                    raise ValueError("optim: expected the parameters of model or guide, holds none of them")
+        if self._ready:
+            return
+        self.objective.setup(*batch)
+        parameters = self._parameters()
+        if not parameters:
+            raise ValueError("model, guide: expected a trainable parameter, found none")
+        if not isinstance(self.optim, (Optimizer, PyroOptim)):
+            made = self.optim(parameters)
+            if not isinstance(made, (Optimizer, PyroOptim)):
+                raise TypeError(f"optim: expected it to make a torch optimiser, it made {made!r}")
+            self.optim = made
+        if isinstance(self.optim, Optimizer):
+            held = {id(p) for group in self.optim.param_groups for p in group["params"]}
+            if all(id(p) not in held for p in parameters):
+                raise ValueError("optim: expected the parameters of model or guide, holds none of them")
+        self._ready = True
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in (self.objective.trainable or {}).values() for p in group.values()]

@@ -5,11 +5,12 @@ import inspect
 import math
 import os
 import platform
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -18,14 +19,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ppl_vae._checks import check_positive, check_positive_int, check_seed
+from ppl_vae._checks import check_choice, check_positive, check_positive_int, check_seed
 from ppl_vae._random import seeded
-from ppl_vae.data import Split, batches
+from ppl_vae.data import Split, batches, num_batches
 from ppl_vae.description import describe
 from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
 from ppl_vae.infer.compiled_svi import CompiledSVI
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.placing import place, prepare_data
+from ppl_vae.infer.precision import PRECISIONS, Precision
 from ppl_vae.infer.running import (
     Program,
     evaluating,
@@ -33,8 +35,9 @@ from ppl_vae.infer.running import (
 )
 from ppl_vae.infer.svi import SVI, OptimizerFactory
 from ppl_vae.training.loop import Training, check_tensorboard
-from ppl_vae.training.saving import Run
+from ppl_vae.training.saving import Run, is_run, read_config
 
+WORTH_COMPILING = 120  # seconds of plain steps; compiling takes ten to fifty
 Adam: OptimizerFactory = functools.partial(torch.optim.Adam, fused=True)
 
 
@@ -60,7 +63,8 @@ def fit(
     callbacks: Sequence[Callable[[Run], object]] = (),
     progress: bool = True,
     tensorboard: bool = False,
-    compile: bool = False,
+    compile: bool | Literal["auto"] = False,
+    precision: Precision = "float32",
     notes: Mapping[str, Any] | None = None,
 ) -> Run:
     """Train a model and a guide on data; log, check and save every epoch.
@@ -102,7 +106,9 @@ def fit(
         progress: show a progress bar.
         tensorboard: log to ``output/tensorboard`` too.
         compile: trace the step once and compile it (``CompiledSVI``): seconds at the start, then faster steps
-            with the same draws.
+            with the same draws. ``"auto"`` does so if plain steps would take two minutes or more, and says
+            which; a resumed run goes on as it began.
+        precision: that of linear layers, convolutions and attention in training, as in ``SVI``.
         notes: plain data of yours to keep in the run's settings.
 
     Returns:
@@ -136,6 +142,8 @@ def fit(
         if validation is None:
             raise ValueError("patience: expected validation data to stop by, got validation=None")
     seed = check_seed(seed)
+    check_choice("compile", compile, (True, False, "auto"))
+    check_choice("precision", precision, PRECISIONS)
     elbo = Trace_ELBO() if elbo is None else elbo
     if not isinstance(elbo, ELBO):
         raise TypeError(f"elbo: expected an instance of pyro.infer.ELBO such as Trace_ELBO(), got {elbo!r}")
@@ -175,6 +183,7 @@ def fit(
         "device": str(where),
         "seed": seed,
         "compile": compile,
+        "precision": precision,
         "data": _describe_data(train),
         "validation": None if held_out is None else _describe_data(held_out),
         "notes": describe(notes),
@@ -193,6 +202,7 @@ def fit(
         elbo,
         clip_norm=clip_norm,
         per_datum=True,
+        precision=precision,
     )
     with seeded(seed, 0, 2):
         batch = first_batch(model, train, "data", batch_size, where)
@@ -201,6 +211,14 @@ def fit(
         _settle(elbo, model, guide, batch)
         if isinstance(elbo, Estimator):
             elbo.step.zero_()
+        if isinstance(svi, CompiledSVI) and compile == "auto":
+            before = _compiled_before(output) if resume else None
+            if before is None:
+                svi.plain, reason = _is_short(svi, batch, num_batches(train, batch_size), epochs)
+                print(reason, file=sys.stderr)
+            else:
+                svi.plain = not before
+            config["compile"] = not svi.plain
         observed = check_all(model, guide, train, "data", where)
         if held_out is not None:
             in_validation = check_all(model, guide, held_out, "validation", where)
@@ -208,9 +226,7 @@ def fit(
                 for i, loaded in enumerate(batches(held_out, batch_size, device=where, shuffle=False), 1):
                     check_batch(f"validation, batch {i}", loaded, in_validation)
     config["data"]["batch"] = [[[1, *x.shape[1:]], str(x.dtype).removeprefix("torch.")] for x in batch]
-    made = svi.optim
-    if not isinstance(made, Optimizer):
-        raise TypeError(f"optimizer: expected it to make a torch optimiser, it made {made!r}")
+    made: Any = svi.optim  # made by now
     schedule = None if scheduler is None else _make_scheduler(scheduler, made)
     if tensorboard:
         check_tensorboard()
@@ -244,6 +260,26 @@ def _settle(elbo: Any, model: Program, guide: Program, batch: tuple[Tensor, ...]
             elbo._guess_max_plate_nesting(in_own_store(model), in_own_store(guide), batch, {})
 
 
+def _is_short(
+    svi: CompiledSVI, batch: tuple[Tensor, ...], steps: int | None, epochs: int
+) -> tuple[bool, str]:
+    """Return whether training takes too little time to compile for, and a line that says so."""
+    if steps is None:
+        return True, "compile='auto': plain steps, since the data's number of batches is unknown"
+    seconds = svi.time_plain_step(*batch)
+    total = f"{steps * epochs} plain steps of {1000 * seconds:.2g} ms"
+    if steps * epochs * seconds < WORTH_COMPILING:
+        return True, f"compile='auto': plain steps, since {total} take less than {WORTH_COMPILING} s"
+    return False, f"compile='auto': compiled steps, since {total} would take {steps * epochs * seconds:.0f} s"
+
+
+def _compiled_before(output: str | os.PathLike[str] | None) -> bool | None:
+    """Return whether the run to resume is compiled; None if there is none."""
+    if output is None or not is_run(Path(output)):
+        return None
+    return read_config(Path(output)).get("compile") is True
+
+
 def _make_optimizer(optimizer: OptimizerFactory, groups: list[dict[str, Any]]) -> Optimizer:
     name = getattr(getattr(optimizer, "func", optimizer), "__name__", repr(optimizer))
     try:
@@ -251,12 +287,13 @@ def _make_optimizer(optimizer: OptimizerFactory, groups: list[dict[str, Any]]) -
     except (TypeError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"optimizer: {name} can't be made for these parameters: {reason}") from error
-    if isinstance(made, Optimizer):
-        closure = inspect.signature(type(made).step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise ValueError(
-                f"optimizer: expected one that steps on given gradients, got {name}, which needs a closure"
-            )
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"optimizer: expected it to make a torch optimiser, it made {made!r}")
+    closure = inspect.signature(type(made).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"optimizer: expected one that steps on given gradients, got {name}, which needs a closure"
+        )
     return made
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as T
 import pytest
 import torch
 from helpers import ESTIMATORS, PAIRS
@@ -17,6 +18,7 @@ from torch.distributions import Distribution
 from ppl_vae import fit
 from ppl_vae.guides import MeanFieldGuide
 from ppl_vae.infer import IWAE, KL_ELBO, STL_ELBO, SVI, CompiledSVI, LinearWarmup, compiled_svi, tracing
+from ppl_vae.infer.cuda_graphs import is_capturable, make_capturable
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.models import VAE
 from ppl_vae.networks import MLP
@@ -301,3 +303,159 @@ def test_other_strides_are_another_graph() -> None:
     svi = CompiledSVI(model, guide, torch.optim.Adam, KL_ELBO())
     for x in (bits(), bits().mT.contiguous().mT):
         assert svi.step(x).isfinite()
+
+
+class Scaled(nn.Module):
+    """A decoder with a tensor that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 4).double()
+        self.scale = torch.tensor(0.5, dtype=torch.float64)
+        self.last: Tensor | None = None
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.last = self.linear(z)
+        return self.scale * self.last
+
+
+def test_a_tensor_that_is_replaced_counts_and_one_that_a_run_leaves_does_not() -> None:
+    torch.manual_seed(0)
+    decoder = Scaled()
+    model, guide = VAE(StandardNormal(2), Bernoulli(decoder)).double(), MeanFieldGuide(MLP(4), 2).double()
+    svi = CompiledSVI(model, guide, lambda p: torch.optim.SGD(p, lr=0.0), KL_ELBO())
+    x, compiled = bits(), []
+    svi._compile = lambda *args, inner=svi._compile: compiled.append(1) or inner(*args)  # type: ignore[method-assign]
+
+    def assert_as_plain() -> None:
+        pyro.set_rng_seed(1)
+        loss = svi.step(x)
+        pyro.set_rng_seed(1)
+        torch.testing.assert_close(loss, svi.objective.evaluate_loss(x))  # sets `last` anew
+
+    for _ in range(3):
+        assert_as_plain()
+    assert len(compiled) == 1
+    decoder.scale = torch.tensor(2.0, dtype=torch.float64)
+    assert_as_plain()
+    assert len(compiled) == 2
+    decoder.scale.mul_(2.0)
+    assert_as_plain()
+    assert len(compiled) == 2
+
+
+def test_a_pair_in_another_dtype_is_another_graph() -> None:
+    model, guide, _ = PAIRS["VAE"]()
+    svi = CompiledSVI(model, guide, lambda p: torch.optim.SGD(p, lr=0.0), KL_ELBO())
+    assert svi.step(bits()).dtype == torch.float64
+    model.float()
+    guide.float()
+    x = bits().float()
+    pyro.set_rng_seed(1)
+    loss = svi.step(x)
+    assert loss.dtype == torch.float32
+    pyro.set_rng_seed(1)
+    torch.testing.assert_close(loss, svi.objective.evaluate_loss(x))
+
+
+def test_500_steps_end_where_plain_ones_end() -> None:
+    """The same draws, so that only rounding tells them apart: far less than the noise of one step."""
+    found = []
+    x = bits(64).float()
+    for engine in (SVI, CompiledSVI):
+        torch.manual_seed(0)
+        model = VAE(StandardNormal(2), Bernoulli(MLP(2, 4, hidden=8)))
+        guide = MeanFieldGuide(MLP(4, hidden=8), 2)
+        svi = engine(model, guide, lambda p: torch.optim.Adam(p, lr=1e-2), IWAE(5))
+        torch.manual_seed(1)
+        found.append(torch.stack([svi.step(x) for _ in range(500)]))
+    plain, compiled = found
+    noise = plain[-100:].std()
+    assert plain[-100:].mean() < plain[:100].mean() - 10 * noise / 10  # it trains
+    assert (plain - compiled).abs().max() < 0.1 * noise
+
+
+def iaf_pair() -> Any:
+    """Return a pair whose guide is an inverse autoregressive flow, by Pyro."""
+    decoder, encoder = nn.Linear(2, 4).double(), nn.Linear(4, 4).double()
+    flow = T.affine_autoregressive(2, hidden_dims=[5]).double()
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x), dim=-1):
+            loc, log_scale = encoder(x).chunk(2, -1)
+            base = dist.Normal(loc, log_scale.exp()).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    return model, guide, [decoder, encoder, flow]
+
+
+@pytest.mark.parametrize("name", ["KL_ELBO", "IWAE", "Trace_ELBO"])
+def test_flows_are_compiled(name: str) -> None:
+    assert_alike(iaf_pair, EVERY[name])
+
+
+def test_bfloat16_layers_change_little_and_are_the_same_compiled() -> None:
+    x, found = bits(64).float(), {}
+    for precision in ("float32", "bf16"):
+        for engine in (SVI, CompiledSVI):
+            torch.manual_seed(0)
+            model = VAE(StandardNormal(2), Bernoulli(MLP(2, 4, hidden=64)))
+            guide = MeanFieldGuide(MLP(4, hidden=64), 2)
+            svi = engine(model, guide, torch.optim.Adam, KL_ELBO(), precision=precision)
+            torch.manual_seed(1)
+            found[precision, engine] = loss = torch.stack([svi.step(x) for _ in range(5)])
+            assert loss.dtype == torch.float32
+    rounding = 2.0**-8  # of bfloat16
+    difference = (found["bf16", SVI] / found["float32", SVI] - 1).abs().max()
+    assert 0 < difference < rounding
+    torch.testing.assert_close(found["bf16", SVI], found["bf16", CompiledSVI], rtol=1e-4, atol=0.0)
+
+
+def test_double_precision_stays_so() -> None:
+    for precision in ("bf16", "tf32"):
+        assert_alike(PAIRS["VAE"], KL_ELBO, precision=precision)
+    with pytest.raises(ValueError, match=r"precision: unknown 'b16' \(did you mean 'bf16'\?\)"):
+        SVI(*PAIRS["VAE"]()[:2], torch.optim.Adam, KL_ELBO(), precision="b16")
+
+
+def test_learning_rates_of_captured_optimisers_are_tensors_that_schedulers_fill() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optim = torch.optim.Adam([p], lr=0.5)
+    make_capturable(optim, torch.device("cpu"))
+    assert is_capturable(optim) and isinstance(rate := optim.param_groups[0]["lr"], Tensor)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optim, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no step was taken
+        scheduler.step()
+    assert optim.param_groups[0]["lr"] is rate and float(rate) == 0.25
+    others = torch.optim.SGD([p], lr=0.5)
+    make_capturable(others, torch.device("cpu"))
+    assert not is_capturable(others) and others.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.inductor
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["KL_ELBO", "IWAE", "Trace_ELBO"])
+def test_cuda_graphs_take_the_steps_of_plain_ones(name: str) -> None:
+    found = []
+    for engine in (SVI, CompiledSVI):
+        torch.manual_seed(0)
+        model, guide, modules = PAIRS["VAE"]()
+        model.cuda()
+        guide.cuda()
+        svi = engine(model, guide, lambda p: torch.optim.Adam(p, capturable=True), EVERY[name]())
+        x = bits().cuda()
+        torch.manual_seed(3)
+        losses = [svi.step(x if i % 3 else x[:4]) for i in range(30)]
+        found.append([*losses, *[t for module in modules for t in module.state_dict().values()]])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)

@@ -340,6 +340,22 @@ def test_evaluate_loss_is_that_of_the_next_step_and_takes_none() -> None:
     assert float(evaluated) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_loss_before_the_first_step_does_not_stop_training() -> None:
+    model, guide, modules = vae_pair()
+    svi, (x,) = SVI(model, guide, torch.optim.Adam, Trace_ELBO()), batches(1)
+    svi.evaluate_loss(x)
+    before = state(modules)
+    svi.step(x)
+    assert all((a != b).any() for a, b in zip(before, state(modules), strict=True))
+
+
+def test_a_function_that_makes_no_optimiser() -> None:
+    model, guide, _ = vae_pair()
+    svi = SVI(model, guide, lambda parameters: list(parameters), Trace_ELBO())
+    with pytest.raises(TypeError, match=r"optim: expected it to make a torch optimiser, it made \["):
+        svi.step(*batches(1))
+
+
 def test_training_finds_the_exact_evidence() -> None:
     # Data of the model itself: the ELBO rises to the mean evidence under the model that made them.
     truth = LinearGaussian(1, 3, scale=0.5).double()

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from ppl_vae import evaluate, fit, load_run
 from ppl_vae.data import Split
 from ppl_vae.guides import MeanFieldGuide
+from ppl_vae.infer import tracing
 from ppl_vae.likelihoods import Bernoulli, ContinuousBernoulli
 from ppl_vae.models import VAE, LinearGaussian
 from ppl_vae.networks import MLP
@@ -1321,3 +1323,70 @@ def test_size_is_no_tensor_of_the_batch() -> None:
     labelled = (torch.randn(9, 3), torch.arange(9))
     fit(model, guide, labelled, epochs=1, progress=False)
     assert set(sizes) == {None}
+
+
+@pytest.mark.parametrize(("worth", "compiled"), [(1e9, False), (1e-9, True)])
+def test_compile_auto_says_what_it_does_and_a_resumed_run_keeps_to_it(
+    worth: float,
+    compiled: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tracing, "compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr(sys.modules["ppl_vae.training.fit"], "WORTH_COMPILING", worth)
+    options: dict[str, Any] = {**QUIET, "compile": "auto", "output": tmp_path / "run"}
+    run = fit(*linear_pair(), linear_data(), epochs=1, **options)
+    assert run.config["compile"] is compiled
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(
+        f"compile='auto': {'compiled' if compiled else 'plain'} steps, since 4 plain steps of "
+    )
+    monkeypatch.setattr(sys.modules["ppl_vae.training.fit"], "WORTH_COMPILING", 1 / worth)
+    run = fit(*linear_pair(), linear_data(), epochs=2, resume=True, **options)
+    assert run.config["compile"] is compiled and not capsys.readouterr().err
+    plain = fit(*linear_pair(), linear_data(), epochs=2, **QUIET)
+    without_seconds = [[{**r, "seconds": 0} for r in each.history] for each in (run, plain)]
+    assert without_seconds[0] == [pytest.approx(record, rel=1e-4) for record in without_seconds[1]]
+
+
+def test_compile_auto_without_a_number_of_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    run = fit(
+        *linear_pair(),
+        DataLoader(Stream(linear_data(), 50), batch_size=None),
+        epochs=1,
+        progress=False,
+        compile="auto",
+    )
+    assert run.config["compile"] is False
+    assert "the data's number of batches is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "always"}, r"compile: unknown 'always'.*expected one of True, False, 'auto'"),
+        ({"precision": "bf"}, r"precision: unknown 'bf' \(did you mean 'bf16'\?\)"),
+    ],
+)
+def test_unknown_ways_of_running(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(*linear_pair(), linear_data(), **QUIET, **options)
+
+
+def test_precision_is_that_of_training_alone() -> None:
+    low, full = (
+        fit(
+            *linear_pair(),
+            linear_data(),
+            validation=linear_data(seed=1),
+            epochs=1,
+            precision=p,
+            **QUIET,
+            **AT_REST,
+        )
+        for p in ("bf16", "float32")
+    )
+    assert low.history[0]["train_elbo"] != full.history[0]["train_elbo"]
+    assert low.history[0]["validation_elbo"] == full.history[0]["validation_elbo"]
+    assert low.config["precision"] == "bf16"
