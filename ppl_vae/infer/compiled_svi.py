@@ -7,7 +7,7 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
@@ -20,7 +20,7 @@ from ppl_vae.infer.precision import network_precision
 from ppl_vae.infer.svi import SVI, Parts, with_parts
 from ppl_vae.infer.tracing import NoNumbers, Traced, line_of, trace
 
-Graph = Callable[..., tuple[Tensor, tuple[Tensor | None, ...], Parts]]
+Result = Literal["loss", "loss and parts", "parts"]  # those of a loss come with the gradients
 
 MOST_GRAPHS = 64
 _RESULTS = {"terms", "analytic", "parts", "max_plate_nesting"}  # of an estimator, not settings
@@ -46,7 +46,8 @@ class CompiledSVI(SVI):
     Args:
         model: program over the latent sites and the data; a module or a plain Pyro function.
         guide: program over the latent sites.
-        optim: as in ``SVI``; ``functools.partial(torch.optim.Adam, fused=True)`` is the fastest.
+        optim: as in ``SVI``. One that is made here uses torch's fused kernel, where it has one and was not
+            told otherwise.
         loss: any ``pyro.infer.ELBO`` with a differentiable loss.
         clip_norm: as in ``SVI``.
         per_datum: as in ``SVI``.
@@ -71,7 +72,7 @@ class CompiledSVI(SVI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._graphs: dict[Any, Graph | None] = {}
+        self._graphs: dict[Any, Callable[..., Any] | None] = {}
         self._keys: dict[Hashable, int] = {}
         self._held: dict[int, Tensor] = {}  # the tensors of all graphs
         self._state: _State | None = None
@@ -83,8 +84,12 @@ class CompiledSVI(SVI):
         """Check the pair on a batch and build the optimiser; the first ``step`` does it if need be."""
         given = self.optim
         super().setup(*batch)
-        if self.optim is not given and batch[0].is_cuda and isinstance(self.optim, Optimizer):
-            make_capturable(self.optim, batch[0].device)
+        if self.optim is not given and isinstance(self.optim, Optimizer):
+            for group in self.optim.param_groups:
+                if group.get("fused", False) is None and not (group["foreach"] or group["differentiable"]):
+                    group["fused"] = True
+            if batch[0].is_cuda:
+                make_capturable(self.optim, batch[0].device)
 
     def step_with_parts(self, *batch: Tensor, parts: bool = True) -> tuple[Tensor, Parts]:
         """Take one gradient step; return its loss and the parts of the true ELBO, from the same draws.
@@ -95,7 +100,7 @@ class CompiledSVI(SVI):
         self.setup(*batch)
         take, optim = functools.partial(super().step_with_parts, parts=parts), self.optim
         whole = batch[0].is_cuda and isinstance(optim, Optimizer) and is_capturable(optim)
-        if not whole or self.plain or _PYRO_STACK or (graph := self._graph(batch, parts)) is None:
+        if not whole or (graph := self._graph(batch, "loss and parts" if parts else "loss")) is None:
             return take(*batch)
         key = graph, self.clip_norm, self.per_datum, *tensors_of(optim)
         if key not in self._replays:
@@ -104,8 +109,7 @@ class CompiledSVI(SVI):
 
     def loss_and_grads(self, *batch: Tensor, parts: bool = False) -> tuple[Tensor, Parts]:
         """Set the parameters' gradients; return the loss and, if asked for, the parts of the true ELBO."""
-        # a handler of the caller's is nothing that a graph knows of
-        graph = None if _PYRO_STACK or self.plain else self._graph(batch, parts)
+        graph = self._graph(batch, "loss and parts" if parts else "loss")
         if graph is None:
             return super().loss_and_grads(*batch, parts=parts)
         with torch.no_grad(), network_precision("tf32" if self.precision == "tf32" else "float32"):
@@ -129,11 +133,24 @@ class CompiledSVI(SVI):
             parameter.grad = None
         return min(seconds)
 
-    def _graph(self, batch: tuple[Tensor, ...], parts: bool) -> Graph | None:
-        """Return the graph of a step on such a batch, compiled if need be; None if steps are plain."""
+    def parts(self, *batch: Tensor) -> dict[str, Tensor]:
+        """Return the parts of the true ELBO of a draw per datum, summed over the batch."""
+        self.setup(*batch)
+        graph = self._graph(batch, "parts")
+        if graph is None:
+            return super().parts(*batch)
+        with torch.no_grad():
+            found: dict[str, Tensor] = graph(*batch)
+        return found
+
+    def _graph(self, batch: tuple[Tensor, ...], result: Result) -> Callable[..., Any] | None:
+        """Return a graph for such a batch, compiled if need be; None if there is none."""
+        if self.plain or _PYRO_STACK:  # a handler of the caller's is nothing that a graph knows of
+            return None
         if self._state is None or not self._state.holds():
             self._look()
-        for_batch = parts, self.precision, *[(x.shape, x.stride(), x.dtype, x.device) for x in batch]
+        shapes = [(x.shape, x.stride(), x.dtype, x.device) for x in batch]
+        for_batch = result, self.precision, *shapes
         if (self._key, for_batch) not in self._graphs:
             if len(self._graphs) == MOST_GRAPHS:
                 changes = ValueError(f"{MOST_GRAPHS} graphs, since something changes from step to step")
@@ -141,7 +158,7 @@ class CompiledSVI(SVI):
                 self._graphs.clear()
                 self.plain = True
                 return None
-            graph = self._compile(batch, parts)
+            graph = self._compile(batch, result)
             self._look()
             self._graphs[self._key, for_batch] = graph
         return self._graphs[self._key, for_batch]
@@ -151,15 +168,15 @@ class CompiledSVI(SVI):
         self._state = _State([*self.objective.networks(), self.objective.estimator])
         self._key = self._keys.setdefault(self._state.key(self._held), len(self._keys))
 
-    def _compile(self, batch: tuple[Tensor, ...], parts: bool) -> Graph | None:
-        """Return the compiled step for batches like this one, or None, with a warning, if there is none."""
+    def _compile(self, batch: tuple[Tensor, ...], result: Result) -> Callable[..., Any] | None:
+        """Return what gives the result for batches like this one, or None, with a warning."""
         what = "can't trace"
         try:
-            with self._undone(batch), network_precision(self.precision):
-                traced = self._trace(batch, parts)
+            with self._undone(batch), network_precision("float32" if result == "parts" else self.precision):
+                traced = self._trace(batch, result)
             what = "can't compile the traced step"
             with self._undone(batch), torch.no_grad():
-                graph: Graph = traced.compile(batch)
+                graph = traced.compile(batch)
                 graph(*batch)
         except Exception as error:  # whatever a program does
             self._warn(f"{what} {line_of(error)}" if what == "can't trace" else what, error)
@@ -167,21 +184,24 @@ class CompiledSVI(SVI):
         self._held |= {id(tensor): tensor for tensor in traced.held}
         return graph
 
-    def _trace(self, batch: tuple[Tensor, ...], parts: bool) -> Traced:
-        """Return the step as a graph."""
+    def _trace(self, batch: tuple[Tensor, ...], result: Result) -> Traced:
+        """Return the graph that gives a result."""
         estimator = self.objective.estimator
-        if not hasattr(estimator, "differentiable_loss"):
+        if result != "parts" and not hasattr(estimator, "differentiable_loss"):
             raise NotImplementedError(f"{type(estimator).__name__} has no differentiable loss")
         parameters = self._parameters()
 
         def run(*batch: Tensor) -> Any:
             with NoNumbers():
-                loss, found = with_parts(self.objective, self.objective, batch, parts=parts)
+                if result == "parts":
+                    return SVI.parts(self, *batch)
+                wants_parts = result == "loss and parts"
+                loss, found = with_parts(self.objective, self.objective, batch, parts=wants_parts)
             wanted = [p for p in parameters if p.requires_grad]
             gradients = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
             seen: set[int] = set()
             own = [_own(next(gradients), seen) if p.requires_grad else None for p in parameters]
-            return loss.detach(), tuple(own), found
+            return loss.detach(), own, found
 
         try:
             return trace(run, batch, estimator)

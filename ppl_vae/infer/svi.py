@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from ppl_vae._checks import check_choice, check_positive
 from ppl_vae.infer.estimator import Estimator
+from ppl_vae.infer.log_weights import terms
 from ppl_vae.infer.objective import Objective
 from ppl_vae.infer.precision import PRECISIONS, Precision, network_precision
 from ppl_vae.infer.recording import SiteRecorder, term_sums
-from ppl_vae.infer.running import Program
+from ppl_vae.infer.running import Program, evaluating
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Parts = dict[str, Tensor] | None  # of the true ELBO, summed over the batch: elbo, reconstruction, kl_<site>
@@ -166,6 +167,21 @@ class SVI:
         """Add the loss's gradients to ``grad`` of the parameters; return it and the parts of the ELBO."""
         with network_precision(self.precision):
             return with_parts(self.objective, self.objective.loss_and_grads, batch, parts=parts)
+
+    def parts(self, *batch: Tensor) -> dict[str, Tensor]:
+        """Return the parts of the true ELBO of a draw per datum, summed over the batch.
+
+        Programs run in evaluation mode, in full precision.
+
+        Args:
+            *batch: what model and guide are called with, each ``[n, ...]``.
+
+        Returns:
+            Scalars ``elbo``, ``reconstruction`` and ``kl_<site>`` of each latent site.
+        """
+        self.setup(*batch)
+        with evaluating(self.objective.model, self.objective.guide):
+            return term_sums(terms(self.objective.model, self.objective.guide, *batch))
 
     def evaluate_loss(self, *batch: Tensor) -> Tensor:
         """Return the loss, a scalar tensor, without taking a step: one noisy estimate."""

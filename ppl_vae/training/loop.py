@@ -23,8 +23,6 @@ from ppl_vae._random import seeded
 from ppl_vae.data import Split, batches, num_batches
 from ppl_vae.infer.checking import Observation, check_batch
 from ppl_vae.infer.estimator import Estimator
-from ppl_vae.infer.log_weights import terms
-from ppl_vae.infer.recording import term_sums
 from ppl_vae.infer.running import (
     batch_arguments,
     evaluating,
@@ -167,8 +165,7 @@ class Training:
                 check_batch(f"data, batch {step}", batch, self.observed)
             loss, sums = self.svi.step_with_parts(*batch)
             if sums is None:
-                with evaluating(self.run.model, self.run.guide):
-                    sums = term_sums(terms(self.run.model, self.run.guide, *batch))
+                sums = self.svi.parts(*batch)
             count += len(batch[0])
             _add(totals, {"loss": loss} | sums)
             losses.append(-sums["elbo"] if without_loss else loss)
@@ -190,11 +187,10 @@ class Training:
     def _validate(self) -> dict[str, float]:
         totals: dict[str, Tensor] = {}
         count = 0
-        model, guide = self.run.model, self.run.guide
-        with seeded(self.seed, 0, 1), evaluating(model, guide), pyro.validation_enabled(False):
+        with seeded(self.seed, 0, 1), pyro.validation_enabled(False):
             for batch in batches(self.validation, VALIDATION_BATCH, device=self.device, shuffle=False):
                 count += len(batch[0])
-                _add(totals, term_sums(terms(model, guide, *batch_arguments(model, batch))))
+                _add(totals, self.svi.parts(*batch_arguments(self.run.model, batch)))
         return _per_datum(totals, count)
 
     def _better(
