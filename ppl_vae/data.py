@@ -60,10 +60,10 @@ class Split:
 
         A dynamic split draws its bits from torch's global generator of that device.
         """
-        x = self.x[index]
+        x = self.x.index_select(0, index)
         if self.dynamic:
             x = torch.bernoulli(x)
-        return (x,) if self.y is None else (x, self.y[index])
+        return (x,) if self.y is None else (x, self.y.index_select(0, index))
 
     def to(self, device: torch.device | str) -> "Split":
         """Return the split on ``device``."""

@@ -102,7 +102,7 @@ class CompiledSVI(SVI):
         whole = batch[0].is_cuda and isinstance(optim, Optimizer) and is_capturable(optim)
         if not whole or (graph := self._graph(batch, "loss and parts" if parts else "loss")) is None:
             return take(*batch)
-        key = graph, self.clip_norm, self.per_datum, *tensors_of(optim)
+        key = graph, self.clip_norm, *tensors_of(optim)
         if key not in self._replays:
             self._replays[key] = Replay(take)
         return self._replays[key](*batch)
@@ -150,7 +150,7 @@ class CompiledSVI(SVI):
         if self._state is None or not self._state.holds():
             self._look()
         shapes = [(x.shape, x.stride(), x.dtype, x.device) for x in batch]
-        for_batch = result, self.precision, *shapes
+        for_batch = result, self.precision, self.per_datum, *shapes
         if (self._key, for_batch) not in self._graphs:
             if len(self._graphs) == MOST_GRAPHS:
                 changes = ValueError(f"{MOST_GRAPHS} graphs, since something changes from step to step")
@@ -198,7 +198,8 @@ class CompiledSVI(SVI):
                 wants_parts = result == "loss and parts"
                 loss, found = with_parts(self.objective, self.objective, batch, parts=wants_parts)
             wanted = [p for p in parameters if p.requires_grad]
-            gradients = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+            scale = torch.full_like(loss, 1 / len(batch[0])) if self.per_datum else None
+            gradients = iter(torch.autograd.grad(loss, wanted, scale, allow_unused=True))
             seen: set[int] = set()
             own = [_own(next(gradients), seen) if p.requires_grad else None for p in parameters]
             return loss.detach(), own, found

@@ -137,18 +137,12 @@ class SVI:
             batch; None if the estimator makes no plain draws.
         """
         self.setup(*batch)
-        parameters = self._parameters()
-        for parameter in parameters:
-            parameter.grad = None
         loss, found = self.loss_and_grads(*batch, parts=parts)
         if not self._stepped:
             self.objective.warn_of_missing_gradients()
             self._stepped = True
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.per_datum:
-            torch._foreach_div_(gradients, len(batch[0]))
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
         if isinstance(self.optim, PyroOptim):
             named: dict[str, Tensor] = {
                 f"{role}.{name}": p
@@ -164,9 +158,14 @@ class SVI:
         return loss, found
 
     def loss_and_grads(self, *batch: Tensor, parts: bool) -> tuple[Tensor, Parts]:
-        """Add the loss's gradients to ``grad`` of the parameters; return it and the parts of the ELBO."""
+        """Set the parameters' gradients; return the loss and, if asked for, the parts of the true ELBO."""
+        for parameter in self._parameters():
+            parameter.grad = None
         with network_precision(self.precision):
-            return with_parts(self.objective, self.objective.loss_and_grads, batch, parts=parts)
+            result = with_parts(self.objective, self.objective.loss_and_grads, batch, parts=parts)
+        if self.per_datum:
+            torch._foreach_div_([p.grad for p in self._parameters() if p.grad is not None], len(batch[0]))
+        return result
 
     def parts(self, *batch: Tensor) -> dict[str, Tensor]:
         """Return the parts of the true ELBO of a draw per datum, summed over the batch.

@@ -181,8 +181,10 @@ class Training:
         return _per_datum(totals, count)
 
     def _batches(self) -> Iterable[tuple[Tensor, ...]]:
+        taken = 0
         for batch in batches(self.train, self.batch_size, device=self.device, shuffle=True):
-            yield batch_arguments(self.run.model, batch)
+            taken = taken or len(batch_arguments(self.run.model, batch))
+            yield batch[:taken]
 
     def _validate(self) -> dict[str, float]:
         totals: dict[str, Tensor] = {}
