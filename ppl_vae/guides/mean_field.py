@@ -1,14 +1,13 @@
 """The mean-field guide."""
 
-import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
-from ppl_vae.program import Program
+from ppl_vae.guides.amortized import LOG_SCALE, AmortizedGuide
 
 
-class MeanFieldGuide(Program):
+class MeanFieldGuide(AmortizedGuide):
     r"""The amortised guide :math:`q(z \mid x) = N(z; \mu(x), \mathrm{diag}\, \sigma^2(x))`.
 
     A linear head on the encoder's features gives :math:`\mu` and :math:`\log \sigma`; the latter
@@ -35,31 +34,9 @@ class MeanFieldGuide(Program):
     """
 
     def __init__(self, encoder: nn.Module, latent_dim: int, *, features: int | None = None) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.latent_dim = check_positive_int("latent_dim", latent_dim)
-        self.features = features
-        width = getattr(encoder, "out_features", None) if features is None else features
-        if width is None:
-            raise TypeError(
-                f"features: expected the number of features that {type(encoder).__name__} gives, "
-                "since it has no `out_features`, got None"
-            )
-        self.head = nn.Linear(check_positive_int("features", width), 2 * latent_dim)
+        super().__init__(encoder, latent_dim, 2 * check_positive_int("latent_dim", latent_dim), features)
 
-    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
         """Return q(z | x): batch shape ``[n]``, event shape ``[latent]``, for ``x`` of ``[n, *event]``."""
-        loc, log_scale = self.head(self.encoder(x)).chunk(2, -1)
-        return dist.Normal(loc, log_scale.clamp(-7.0, 7.0).exp()).to_event(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the program: site ``z`` in the plate ``data``.
-
-        Args:
-            x: data ``[n, *event]``.
-
-        Returns:
-            z, ``[*particles, n, latent]``.
-        """
-        with pyro.plate("data", x.shape[0], dim=-1):
-            return pyro.sample("z", self.posterior(x))
+        loc, log_scale = self.encode(x, y).chunk(2, -1)
+        return dist.Normal(loc, log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()).to_event(1)

@@ -1,0 +1,63 @@
+"""What guides with an encoder share."""
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from ppl_vae._checks import check_positive_int
+from ppl_vae.program import Program
+
+LOG_SCALE = 7.0  # log sigma is clamped to plus and minus this
+
+
+class AmortizedGuide(Program):
+    """A guide whose posterior is a function of the data: a linear head on an encoder's features.
+
+    A family of yours is a subclass: its constructor says how many outputs the head has, and its
+    ``posterior`` makes a Distribution of them.
+
+    Args:
+        encoder: network from ``x`` of ``[n, *event]``, or from ``x`` and ``y``, to features ``[n, features]``.
+        latent_dim: the number of latent dimensions.
+        outputs: the number of outputs of the head.
+        features: the encoder's number of features; by default ``encoder.out_features``.
+
+    Raises:
+        TypeError: if ``features`` is None and the encoder has no ``out_features``.
+        TypeError, ValueError: if a size is not a whole number above 0.
+    """
+
+    def __init__(self, encoder: nn.Module, latent_dim: int, outputs: int, features: int | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.latent_dim = check_positive_int("latent_dim", latent_dim)
+        self.features = features
+        width = getattr(encoder, "out_features", None) if features is None else features
+        if width is None:
+            raise TypeError(
+                f"features: expected the number of features that {type(encoder).__name__} gives, "
+                "since it has no `out_features`, got None"
+            )
+        self.head = nn.Linear(check_positive_int("features", width), outputs)
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return the head's outputs, ``[n, outputs]``; ``y`` goes to the encoder too, if it is given."""
+        outputs: Tensor = self.head(self.encoder(x) if y is None else self.encoder(x, y))
+        return outputs
+
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
+        """Return q(z | x): batch shape ``[n]``, event shape ``[latent]``, for ``x`` of ``[n, *event]``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Run the program: site ``z`` in the plate ``data``.
+
+        Args:
+            x: data ``[n, *event]``.
+            y: labels ``[n, ...]``, for an encoder that takes them.
+
+        Returns:
+            z, ``[*particles, n, latent]``.
+        """
+        with pyro.plate("data", x.shape[0], dim=-1):
+            return pyro.sample("z", self.posterior(x, y))

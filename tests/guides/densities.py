@@ -1,0 +1,46 @@
+"""Checks that every guide's posterior passes: it is a density, and its draws are draws of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def integral(posterior: Any, half_width: float = 10.0, points: int = 801) -> Tensor:
+    """Return the integral of each density of two dimensions over a square, ``[n]``, by the trapezium rule."""
+    axis = torch.linspace(-half_width, half_width, points, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
+    density = posterior.log_prob(grid.expand(-1, *posterior.batch_shape, 2)).exp()
+    return density.sum(0) * (axis[1] - axis[0]) ** 2
+
+
+def moments_agree(posterior: Any, draws: int = 20_000, half_width: float = 10.0, points: int = 801) -> bool:
+    """Return whether mean and second moments of draws are those of the density, within 5 standard errors."""
+    axis = torch.linspace(-half_width, half_width, points, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
+    z = grid.expand(-1, *posterior.batch_shape, 2)
+    with torch.no_grad():
+        weights = posterior.log_prob(z).exp() * (axis[1] - axis[0]) ** 2
+        drawn = posterior.sample((draws,))
+    agree = []
+    for moment in (lambda z: z, lambda z: z**2, lambda z: z.prod(-1, keepdim=True), lambda z: z.tanh()):
+        expected = (weights.unsqueeze(-1) * moment(z)).sum(0)
+        values = moment(drawn)
+        error = values.std(0) / draws**0.5
+        agree.append(((values.mean(0) - expected).abs() < 5 * error + 1e-3).all())
+    return bool(torch.stack(agree).all())
+
+
+def log_prob_by_jacobian(draw: Callable[[Tensor], Tensor], base: Any, noise: Tensor) -> Tensor:
+    """Return log q of ``draw(noise)`` by the change of variables, ``noise`` of one datum ``[latent]``."""
+    jacobian = torch.autograd.functional.jacobian(draw, noise)
+    return base.log_prob(noise) - torch.linalg.slogdet(jacobian)[1]
+
+
+def gradients_reach_every_parameter(guide: nn.Module, x: Tensor) -> list[str]:
+    """Return the names of parameters that draws and their density have no gradient for."""
+    posterior = guide.posterior(x)
+    z = posterior.rsample((3,))
+    (z.square().sum() + z.sin().sum() + posterior.log_prob(z).sum()).backward()
+    return [name for name, p in guide.named_parameters() if p.grad is None or not p.grad.any()]
