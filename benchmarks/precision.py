@@ -1,7 +1,8 @@
 """Train one network on MNIST with its layers in another precision, and compare test ELBO and time.
 
 Network 784-200-200-50 with tanh, dynamic binarisation, decoder bias at the logit of the data mean,
-`STL_ELBO`, Adam, batch 100, compiled. For each seed the runs have the same start, order and draws, and are evaluated in
+`STL_ELBO`, Adam, batch 100, compiled. For each seed the runs have the same start, order and draws, and are
+evaluated in
 float32 with the same draws, so that a difference is what low precision did to training. The standard error is
 over seeds.
 

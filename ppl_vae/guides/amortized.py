@@ -14,7 +14,7 @@ class AmortizedGuide(Program):
     """A guide whose posterior is a function of the data: a linear head on an encoder's features.
 
     A family of yours is a subclass: its constructor says how many outputs the head has, and its
-    ``posterior`` makes a Distribution of them.
+    ``family`` makes a Distribution of them.
 
     Args:
         encoder: network from ``x`` of ``[n, *event]``, or from ``x`` and ``y``, to features ``[n, features]``.
@@ -45,9 +45,13 @@ class AmortizedGuide(Program):
         outputs: Tensor = self.head(self.encoder(x) if y is None else self.encoder(x, y))
         return outputs
 
+    def family(self, outputs: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of z that the head's outputs ``[n, outputs]`` are the parameters of."""
+        raise NotImplementedError
+
     def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
         """Return q(z | x): batch shape ``[n]``, event shape ``[latent]``, for ``x`` of ``[n, *event]``."""
-        raise NotImplementedError
+        return self.family(self.encode(x, y))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Run the program: site ``z`` in the plate ``data``.
@@ -60,4 +64,4 @@ class AmortizedGuide(Program):
             z, ``[*particles, n, latent]``.
         """
         with pyro.plate("data", x.shape[0], dim=-1):
-            return pyro.sample("z", self.posterior(x, y))
+            return pyro.sample("z", self.posterior(x) if y is None else self.posterior(x, y))

@@ -124,6 +124,14 @@ def check_all(
     return observed
 
 
+def check_validation(model: Program, guide: Program, data: Any, size: int, device: torch.device) -> None:
+    """Raise as ``check_all`` and ``check_batch`` do if the pair can't run on any of the validation data."""
+    observed = check_all(model, guide, data, "validation", device)
+    if not isinstance(data, Split):
+        for i, batch in enumerate(batches(data, size, device=device, shuffle=False), 1):
+            check_batch(f"validation, batch {i}", batch, observed)
+
+
 @contextmanager
 def running_on(name: str, batch: Sequence[Tensor]) -> Iterator[None]:
     """Let what goes wrong in a program's run on a batch name the argument that the batch came from."""

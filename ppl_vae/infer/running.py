@@ -5,6 +5,7 @@ function that registers its networks with ``pyro.module``.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.infer import TraceEnum_ELBO, TraceTMC_ELBO
 from pyro.params.param_store import module_from_param_with_module_name
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -108,6 +110,14 @@ def evaluating(*programs: Program) -> Iterator[None]:
     finally:
         for module in switched:
             module.training = True
+
+
+def settle(elbo: Any, model: Program, guide: Program, batch: tuple[Tensor, ...]) -> None:
+    """Let an estimator that guesses the number of plates do so now: its first step would draw for it."""
+    vectorized = elbo.vectorize_particles or isinstance(elbo, (TraceEnum_ELBO, TraceTMC_ELBO))
+    if vectorized and elbo.max_plate_nesting == math.inf:
+        with evaluating(model, guide):
+            elbo._guess_max_plate_nesting(in_own_store(model), in_own_store(guide), batch, {})
 
 
 def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, Trace]:

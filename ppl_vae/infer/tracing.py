@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def trace(run: Callable[..., Any], inputs: Sequence[Tensor], elbo: ELBO) -> Trac
         structure[:] = [isinstance(leaf, Tensor) for leaf in leaves], spec
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    with pyro.validation_enabled(False), _tensors_for_numbers(elbo):
+    with pyro.validation_enabled(False), tensors_for_numbers(elbo):
         graph, held = _lift(make_fx(flat)(*inputs))
     return Traced(graph, held, *structure)
 
@@ -77,15 +77,20 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
         Distribution.set_default_validate_args(before)
 
 
-def line_of(error: Exception) -> str:
-    """Return the line of the user's, or the library's, that an error came from."""
+def line_of(error: Exception, skip: Collection[str] = ()) -> str:
+    """Return the line of the user's, or the library's, that an error came from.
+
+    Args:
+        error: one that was caught.
+        skip: files that only run what went wrong; this one is always skipped.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     own = [
         f
         for f in frames
         if not any(f"{Path('/')}{name}{Path('/')}" in f.filename for name in ("torch", "pyro"))
     ]
-    own = [f for f in own if f.filename != __file__] or own
+    own = [f for f in own if f.filename not in (__file__, *skip)] or own
     frame = (own or frames)[-1]
     return f"{frame.filename}:{frame.lineno} ({frame.line})"
 
@@ -119,7 +124,7 @@ class NoNumbers(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _tensors_for_numbers(estimator: Any) -> Iterator[None]:
+def tensors_for_numbers(estimator: Any) -> Iterator[None]:
     """Let Pyro's estimators keep the tensors that they turn into numbers, and not look for NaN."""
     with contextlib.ExitStack() as stack:
         for cls in type(estimator).__mro__:

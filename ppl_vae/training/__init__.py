@@ -1,7 +1,8 @@
-"""Training: ``fit`` and the runs that it saves."""
+"""Training: ``fit``, ``fit_many`` and the runs that they save."""
 
 from ppl_vae.training.fit import fit as fit
+from ppl_vae.training.fit_many import fit_many as fit_many
 from ppl_vae.training.saving import Run as Run
 from ppl_vae.training.saving import load_run as load_run
 
-__all__ = ["Run", "fit", "load_run"]
+__all__ = ["Run", "fit", "fit_many", "load_run"]

@@ -1,44 +1,43 @@
 """Training of a model / guide pair by stochastic variational inference."""
 
-import functools
-import inspect
-import math
 import os
-import platform
 import sys
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceTMC_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ppl_vae._checks import check_choice, check_positive, check_positive_int, check_seed
 from ppl_vae._random import seeded
-from ppl_vae.data import Split, batches, num_batches
-from ppl_vae.description import describe
-from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
+from ppl_vae.data import num_batches
+from ppl_vae.infer.checking import check_all, check_validation, first_batch, running_on
 from ppl_vae.infer.compiled_svi import CompiledSVI
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.placing import place, prepare_data
 from ppl_vae.infer.precision import PRECISIONS, Precision
-from ppl_vae.infer.running import (
-    Program,
-    evaluating,
-    in_own_store,
-)
+from ppl_vae.infer.running import Program, settle
 from ppl_vae.infer.svi import SVI, OptimizerFactory
+from ppl_vae.training.folder import Folder
 from ppl_vae.training.loop import Training, check_tensorboard
 from ppl_vae.training.saving import Run, is_run, read_config
+from ppl_vae.training.settings import (
+    Adam,
+    check_elbo,
+    check_rate_is_free,
+    describe_batch,
+    describe_data,
+    learning_rates,
+    make_optimizer,
+    settings_of_run,
+)
 
 WORTH_COMPILING = 120  # seconds of plain steps; compiling takes ten to fifty
-Adam: OptimizerFactory = functools.partial(torch.optim.Adam, fused=True)
 
 
 def fit(
@@ -134,7 +133,7 @@ def fit(
     """
     epochs = check_positive_int("epochs", epochs)
     batch_size = check_positive_int("batch_size", batch_size)
-    rates = _learning_rates(learning_rate)
+    rates = learning_rates(learning_rate)
     if clip_norm is not None:
         clip_norm = check_positive("clip_norm", clip_norm)
     if patience is not None:
@@ -145,16 +144,13 @@ def fit(
     check_choice("compile", compile, (True, False, "auto"))
     check_choice("precision", precision, PRECISIONS)
     elbo = Trace_ELBO() if elbo is None else elbo
-    if not isinstance(elbo, ELBO):
-        raise TypeError(f"elbo: expected an instance of pyro.infer.ELBO such as Trace_ELBO(), got {elbo!r}")
-    check_positive_int("elbo.num_particles", elbo.num_particles)
+    check_elbo(elbo, "Trace_ELBO()")
     if not callable(optimizer) or isinstance(optimizer, (Optimizer, pyro.optim.PyroOptim)):
         raise TypeError(
             "optimizer: expected a function that makes a torch optimiser, such as torch.optim.Adam, "
             f"got {' '.join(repr(optimizer).split())}"
         )
-    if "lr" in getattr(optimizer, "keywords", {}):
-        raise ValueError("optimizer: expected its rate as `learning_rate`, got `lr` in the partial")
+    check_rate_is_free(optimizer)
     if scheduler is not None and not callable(scheduler):
         raise TypeError(
             "scheduler: expected a function that makes a torch scheduler from the optimiser, "
@@ -167,31 +163,31 @@ def fit(
     where = place(device, model, guide)
     train = prepare_data(data, "data", where)
     held_out = None if validation is None else prepare_data(validation, "validation", where)
-    config = {
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("ppl-vae", "torch", "pyro-ppl")},
-        "model": describe(model),
-        "guide": describe(guide),
-        "elbo": {k: v for k, v in describe(elbo).items() if k != "max_plate_nesting"},
-        "optimizer": describe(optimizer),
-        "learning_rate": describe(learning_rate),
-        "scheduler": describe(scheduler),
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "clip_norm": clip_norm,
-        "patience": patience,
-        "device": str(where),
-        "seed": seed,
-        "compile": compile,
-        "precision": precision,
-        "data": _describe_data(train),
-        "validation": None if held_out is None else _describe_data(held_out),
-        "notes": describe(notes),
-    }
+    config = settings_of_run(
+        model,
+        guide,
+        elbo,
+        {
+            "optimizer": optimizer,
+            "learning_rate": learning_rate,
+            "scheduler": scheduler,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "clip_norm": clip_norm,
+            "patience": patience,
+            "device": str(where),
+            "seed": seed,
+            "compile": compile,
+            "precision": precision,
+        },
+        data=describe_data(train),
+        validation=None if held_out is None else describe_data(held_out),
+        notes=notes,
+    )
     svi: SVI = (CompiledSVI if compile else SVI)(
         model,
         guide,
-        lambda _: _make_optimizer(
+        lambda _: make_optimizer(
             optimizer,
             [
                 {"params": list(group.values()), "lr": rates[role]}
@@ -208,7 +204,7 @@ def fit(
         batch = first_batch(model, train, "data", batch_size, where)
         with running_on("data", batch):
             svi.setup(*batch)
-        _settle(elbo, model, guide, batch)
+        settle(elbo, model, guide, batch)
         if isinstance(elbo, Estimator):
             elbo.step.zero_()
         if isinstance(svi, CompiledSVI) and compile == "auto":
@@ -221,11 +217,8 @@ def fit(
             config["compile"] = not svi.plain
         observed = check_all(model, guide, train, "data", where)
         if held_out is not None:
-            in_validation = check_all(model, guide, held_out, "validation", where)
-            if not isinstance(held_out, Split):
-                for i, loaded in enumerate(batches(held_out, batch_size, device=where, shuffle=False), 1):
-                    check_batch(f"validation, batch {i}", loaded, in_validation)
-    config["data"]["batch"] = [[[1, *x.shape[1:]], str(x.dtype).removeprefix("torch.")] for x in batch]
+            check_validation(model, guide, held_out, batch_size, where)
+    config["data"]["batch"] = describe_batch(batch)
     made: Any = svi.optim  # made by now
     schedule = None if scheduler is None else _make_scheduler(scheduler, made)
     if tensorboard:
@@ -243,21 +236,13 @@ def fit(
         run=Run(model, guide, [], 0, config, None if output is None else Path(output)),
     )
     training.snapshot()  # what can't be saved is said before a run is replaced
-    if output is not None:
-        training.open_folder(overwrite=overwrite, resume=resume)
+    folder = Folder(training.run)
+    folder.open(overwrite=overwrite, resume=training.resume if resume else None)
     try:
         return training.run_epochs(epochs, patience, callbacks, progress=progress, tensorboard=tensorboard)
     except Exception:
-        training.remove_empty_folder()
+        folder.remove_if_empty()
         raise
-
-
-def _settle(elbo: Any, model: Program, guide: Program, batch: tuple[Tensor, ...]) -> None:
-    """Let an estimator that guesses the number of plates do so now: its first step would draw for it."""
-    vectorized = elbo.vectorize_particles or isinstance(elbo, (TraceEnum_ELBO, TraceTMC_ELBO))
-    if vectorized and elbo.max_plate_nesting == math.inf:
-        with evaluating(model, guide):
-            elbo._guess_max_plate_nesting(in_own_store(model), in_own_store(guide), batch, {})
 
 
 def _is_short(
@@ -280,23 +265,6 @@ def _compiled_before(output: str | os.PathLike[str] | None) -> bool | None:
     return read_config(Path(output)).get("compile") is True
 
 
-def _make_optimizer(optimizer: OptimizerFactory, groups: list[dict[str, Any]]) -> Optimizer:
-    name = getattr(getattr(optimizer, "func", optimizer), "__name__", repr(optimizer))
-    try:
-        made = optimizer(groups)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"optimizer: {name} can't be made for these parameters: {reason}") from error
-    if not isinstance(made, Optimizer):
-        raise TypeError(f"optimizer: expected it to make a torch optimiser, it made {made!r}")
-    closure = inspect.signature(type(made).step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise ValueError(
-            f"optimizer: expected one that steps on given gradients, got {name}, which needs a closure"
-        )
-    return made
-
-
 def _make_scheduler(scheduler: Callable[[Optimizer], Any], optimizer: Optimizer) -> Any:
     try:
         made = scheduler(optimizer)
@@ -305,29 +273,3 @@ def _make_scheduler(scheduler: Callable[[Optimizer], Any], optimizer: Optimizer)
     if not isinstance(made, (LRScheduler, ReduceLROnPlateau)):
         raise TypeError(f"scheduler: expected it to make a torch scheduler, it made {made!r}")
     return made
-
-
-def _learning_rates(learning_rate: float | Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(learning_rate, Mapping):
-        return dict.fromkeys(("model", "guide"), check_positive("learning_rate", learning_rate))
-    if learning_rate.keys() != {"model", "guide"}:
-        raise ValueError(
-            f"learning_rate: expected a number or {{'model': ..., 'guide': ...}}, got {dict(learning_rate)!r}"
-        )
-    return {role: check_positive(f"learning_rate[{role!r}]", rate) for role, rate in learning_rate.items()}
-
-
-def _describe_data(data: Any) -> dict[str, Any]:
-    if not isinstance(data, Split):
-        return {"loader": f"{type(data).__module__}.{type(data).__qualname__}"}
-    return {
-        "source": describe(data.source),
-        "size": len(data),
-        "checksum": _checksum(data.x),
-        "dynamic": data.dynamic,
-        "labels": None if data.y is None else _checksum(data.y),
-    }
-
-
-def _checksum(tensor: Tensor) -> str:
-    return f"{zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes()):08x}"

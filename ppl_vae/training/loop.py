@@ -1,9 +1,7 @@
 """The loop over epochs: steps, validation, a loss that is no number, and saving."""
 
-import contextlib
 import importlib.util
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +22,7 @@ from ppl_vae.data import Split, batches, num_batches
 from ppl_vae.infer.checking import Observation, check_batch
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.running import (
+    Program,
     batch_arguments,
     evaluating,
     latent_sites,
@@ -41,7 +40,7 @@ CHECK_EVERY = 50  # steps between two looks at the loss, which wait for the devi
 
 @dataclass
 class Training:
-    """A training in progress: the epochs, the record of each, and the run's folder."""
+    """A training in progress: the epochs, the record of each, and what is saved of them."""
 
     svi: SVI
     optimizer: Optimizer
@@ -53,7 +52,6 @@ class Training:
     seed: int
     observed: list[Observation]
     run: Run
-    made_folder: bool = False
     best: tuple[float, dict[str, Tensor]] = field(default_factory=lambda: (-math.inf, {}))
 
     # -- the loop ------------------------------------------------------------------------------
@@ -95,7 +93,7 @@ class Training:
                 if writer is not None:
                     for name, value in record.items():
                         writer.add_scalar(name, value, epoch)
-                bar.set_postfix_str(_summary(record))
+                bar.set_postfix_str(summary(record))
                 stops = [callback(run) is True for callback in callbacks]
                 if any(stops):
                     break
@@ -128,7 +126,9 @@ class Training:
             totals = self._steps(epoch, snapshot, bar)
         record |= {f"train_{name}": value for name, value in totals.items()}
         if self.validation is not None:
-            record |= {f"validation_{name}": value for name, value in self._validate().items()}
+            with seeded(self.seed, 0, 1), pyro.validation_enabled(False):
+                found = mean_parts(self.run.model, self.validation, self.device, self.svi.parts)
+            record |= {f"validation_{name}": value for name, value in found.items()}
             if math.isnan(record["validation_elbo"]):
                 raise _diverged(
                     f"the validation ELBO became nan in epoch {epoch}, after its last step", epoch
@@ -143,14 +143,8 @@ class Training:
                 raise ValueError(f"scheduler: {name} fails after epoch {epoch}: {error}") from error
         estimator = self.svi.objective.estimator
         if isinstance(estimator, Estimator):
-            settings = {name: getattr(estimator, name, None) for name in SCHEDULED}
-            last = estimator.step - 1
-            record |= {k: float(schedule(last)) for k, schedule in settings.items() if callable(schedule)}
-        record |= {
-            "learning_rate" if len(rates) == 1 or rates[0] == rates[-1] else f"learning_rate_{i}": float(rate)
-            for i, rate in enumerate(rates)
-        }
-        return record | {"seconds": round(time.perf_counter() - start, 3)}
+            record |= scheduled(estimator, estimator.step - 1)
+        return record | named_rates(rates) | {"seconds": round(time.perf_counter() - start, 3)}
 
     def _steps(self, epoch: int, snapshot: dict[str, Any], bar: tqdm) -> dict[str, float]:
         """Take one epoch's steps; return the epoch's means in nats per datum."""
@@ -167,33 +161,24 @@ class Training:
             if sums is None:
                 sums = self.svi.parts(*batch)
             count += len(batch[0])
-            _add(totals, {"loss": loss} | sums)
+            add_sums(totals, {"loss": loss} | sums)
             losses.append(-sums["elbo"] if without_loss else loss)
             bar.update()
             if step % CHECK_EVERY == 0:
                 self._check_losses(losses, epoch, step, snapshot)
                 losses.clear()
-                bar.set_postfix_str(_summary(_per_datum(totals, count)))
+                bar.set_postfix_str(summary(per_datum(totals, count)))
         if not count:
             raise ValueError("data: expected a loader that can be iterated once per epoch, got no batch")
         self._check_losses(losses, epoch, step, snapshot)
         self._check_parameters(epoch, step)
-        return _per_datum(totals, count)
+        return per_datum(totals, count)
 
     def _batches(self) -> Iterable[tuple[Tensor, ...]]:
         taken = 0
         for batch in batches(self.train, self.batch_size, device=self.device, shuffle=True):
             taken = taken or len(batch_arguments(self.run.model, batch))
             yield batch[:taken]
-
-    def _validate(self) -> dict[str, float]:
-        totals: dict[str, Tensor] = {}
-        count = 0
-        with seeded(self.seed, 0, 1), pyro.validation_enabled(False):
-            for batch in batches(self.validation, VALIDATION_BATCH, device=self.device, shuffle=False):
-                count += len(batch[0])
-                _add(totals, self.svi.parts(*batch_arguments(self.run.model, batch)))
-        return _per_datum(totals, count)
 
     def _better(
         self, epoch: int, record: Record, snapshot: dict[str, Any]
@@ -288,52 +273,17 @@ class Training:
         state = snapshot["state"] | {"epoch": epoch, "best_epoch": run.best_epoch, "best_elbo": self.best[0]}
         saving.write_tensors(run.path / saving.CHECKPOINT, snapshot["tensors"], state)
 
-    def open_folder(self, *, overwrite: bool, resume: bool) -> None:
-        """Create the run's folder, or take up the run that is in it."""
-        folder, replaces = self.run.path, False
-        if folder is None:
-            return
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"output: expected a folder, {folder} is a file")
-        # what a write was ended in counts for nothing
-        leftovers = {saving.temporary(folder / name).name for name in saving.FILES}
-        if folder.is_dir() and any(file.name not in leftovers for file in folder.iterdir()):
-            replaces = saving.is_run(folder)
-            if not (replaces or (resume and (folder / saving.CONFIG).is_file())):
-                raise FileExistsError(f"output: {folder} holds other files than a run; choose another folder")
-            if resume:
-                self._resume(folder)
-                return
-            if not overwrite:
-                raise FileExistsError(
-                    f"output: {folder} holds a run; set overwrite or resume, or choose another"
-                )
-        try:
-            if replaces:
-                for name in (saving.CHECKPOINT, saving.MODEL, saving.HISTORY, saving.EVALUATION):
-                    (folder / name).unlink(missing_ok=True)
-                if not (folder / "plots").is_symlink():
-                    shutil.rmtree(folder / "plots", ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            saving.write_config(folder, self.run.config)
-            self.made_folder = not replaces
-        except OSError as error:
-            raise OSError(f"output: can't write to {folder}: {error.strerror}") from None
+    def resume(self, folder: Path) -> None:
+        """Take up the run that is in a folder.
 
-    def remove_empty_folder(self) -> None:
-        """Remove the folder that ``open_folder`` made if no epoch came to be saved in it."""
-        folder = self.run.path
-        if folder is None or not self.made_folder or self.run.history:
-            return
-        for name in saving.FILES:
-            (folder / name).unlink(missing_ok=True)
-            saving.temporary(folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        with contextlib.suppress(OSError):  # other files are the caller's
-            folder.rmdir()
-
-    def _resume(self, folder: Path) -> None:
+        Raises:
+            ValueError: if it has other settings, is damaged, or is one of ``fit_many``.
+        """
         saved, path = saving.read_config(folder), folder / saving.CHECKPOINT
+        if "members" in saved:
+            raise ValueError(
+                f"resume: the run in {folder} is one of fit_many, which saves no state to go on from"
+            )
         for key, value in self.run.config.items():
             if key not in ("epochs", "versions", "device") and saved.get(key) != value:
                 raise ValueError(
@@ -378,13 +328,40 @@ class Training:
                             raise ValueError(f"expected {name} of shape {expected}, got {got}")
 
 
-def _add(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+def add_sums(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    """Add sums to the totals of the same names."""
     for name, value in sums.items():
         totals[name] = totals[name] + value if name in totals else value
 
 
-def _per_datum(totals: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    return {name: float(value) / count for name, value in totals.items()}
+def per_datum(totals: Mapping[str, Tensor], count: int) -> dict[str, Any]:
+    """Return sums over ``count`` data as means: numbers, or lists of them where a sum has several values."""
+    return {name: (total.detach().cpu().double() / count).tolist() for name, total in totals.items()}
+
+
+def mean_parts(
+    model: Program, data: Any, device: torch.device, parts: Callable[..., Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """Return ``parts(*batch)`` of all validation data, in nats per datum."""
+    totals: dict[str, Tensor] = {}
+    count = 0
+    for batch in batches(data, VALIDATION_BATCH, device=device, shuffle=False):
+        count += len(batch[0])
+        add_sums(totals, parts(*batch_arguments(model, batch)))
+    return per_datum(totals, count)
+
+
+def scheduled(estimator: Estimator, step: Tensor) -> Record:
+    """Return the values at a step of those settings that follow a schedule."""
+    settings = {name: getattr(estimator, name, None) for name in SCHEDULED}
+    return {name: float(schedule(step)) for name, schedule in settings.items() if callable(schedule)}
+
+
+def named_rates(rates: Sequence[Any]) -> Record:
+    """Return the learning rates of the parameter groups as a record holds them."""
+    if rates[0] == rates[-1]:
+        return {"learning_rate": float(rates[-1])}
+    return {f"learning_rate_{i}": float(rate) for i, rate in enumerate(rates)}
 
 
 def _diverged(what: str, epoch: int) -> FloatingPointError:
@@ -393,7 +370,8 @@ def _diverged(what: str, epoch: int) -> FloatingPointError:
     )
 
 
-def _summary(record: Mapping[str, float]) -> str:
+def summary(record: Mapping[str, float]) -> str:
+    """Return a record's ELBO and its parts in one line, of the validation data if there are any."""
     side = "validation_" if "validation_elbo" in record else "train_" if "train_elbo" in record else ""
     shown = {k.removeprefix(side): v for k, v in record.items() if k.startswith(side)}
     names = ["elbo", "reconstruction", *(k for k in shown if k.startswith("kl_"))]
