@@ -1,30 +1,29 @@
 """Stochastic variational inference whose steps are traced once and compiled."""
 
-import contextlib
+import copy
 import functools
-import itertools
-import operator
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
+import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ppl_vae.infer.cuda_graphs import Replay, is_capturable, make_capturable, tensors_of
+from ppl_vae.infer.cuda_graphs import Replay, is_capturable, prepare, tensors_of
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.precision import network_precision
+from ppl_vae.infer.program_state import ProgramState
+from ppl_vae.infer.running import settle
 from ppl_vae.infer.svi import SVI, Parts, with_parts
 from ppl_vae.infer.tracing import NoNumbers, Traced, line_of, trace
 
 Result = Literal["loss", "loss and parts", "parts"]  # those of a loss come with the gradients
 
-MOST_GRAPHS = 64
-_RESULTS = {"terms", "analytic", "parts", "max_plate_nesting"}  # of an estimator, not settings
-_PLAIN = (bool, int, float, str, type(None))
+MOST_GRAPHS = 16
 
 
 class CompiledSVI(SVI):
@@ -36,12 +35,14 @@ class CompiledSVI(SVI):
     the same loss and gradients up to rounding.
 
     Whatever is a tensor of the programs or of the estimator (parameters, buffers, the step of a schedule)
-    stays alive in the graph. Numbers are constants of it: a new graph is made when a module's mode
-    (``train``, ``eval``) or another plain attribute of it, a setting of the estimator, or a parameter or
-    buffer itself is replaced. Other things that a program reads, a global variable say, must not change.
-    Values are validated in the first step alone. A program that looks at values in Python (``.item()``,
-    ``if tensor:``), or an estimator without a differentiable loss, can't be traced: one warning names the
-    line, and the steps are those of ``SVI``.
+    stays alive in the graph. Everything else is a constant of it. A new graph is made when an attribute of
+    a module is set anew (``train`` and ``eval`` do so, too), a setting of the estimator, a parameter or a
+    buffer. Other things that a program reads must not change: a global variable, the inside of a list.
+    Values are validated in the first step alone.
+
+    A program that looks at values in Python (``.item()``, ``if tensor:``), or counts its runs, or an
+    estimator without a differentiable loss, can't be traced: one warning names the line, and the steps are
+    those of ``SVI``.
 
     Args:
         model: program over the latent sites and the data; a module or a plain Pyro function.
@@ -72,24 +73,33 @@ class CompiledSVI(SVI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._graphs: dict[Any, Callable[..., Any] | None] = {}
-        self._keys: dict[Hashable, int] = {}
-        self._held: dict[int, Tensor] = {}  # the tensors of all graphs
-        self._state: _State | None = None
-        self._replays: dict[Any, Replay] = {}
-        self._warned = False
         self.plain = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._graphs: dict[Any, Callable[..., Any] | None] = {}
+        self._states: dict[Hashable, tuple[int, ProgramState]] = {}  # by what a graph depends on
+        self._state: ProgramState | None = None
+        self._held: dict[int, Tensor] = {}  # the tensors of all graphs
+        self._written: set[tuple[int, str]] = set()  # attributes that runs leave behind
+        self._replays: dict[Any, Replay] = {}
+        self._compiled = 0
+        self._failure: str | None = None
+        self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = copy.copy(self.__dict__)
+        names = ("_graphs", "_states", "_held", "_written", "_replays", "_state")
+        return {name: value for name, value in fresh.items() if name not in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
+        self.__dict__.update(state)
 
     def setup(self, *batch: Tensor) -> None:
         """Check the pair on a batch and build the optimiser; the first ``step`` does it if need be."""
-        given = self.optim
         super().setup(*batch)
-        if self.optim is not given and isinstance(self.optim, Optimizer):
-            for group in self.optim.param_groups:
-                if group.get("fused", False) is None and not (group["foreach"] or group["differentiable"]):
-                    group["fused"] = True
-            if batch[0].is_cuda:
-                make_capturable(self.optim, batch[0].device)
+        settle(self.objective.estimator, self.objective.model, self.objective.guide, batch)
 
     def step_with_parts(self, *batch: Tensor, parts: bool = True) -> tuple[Tensor, Parts]:
         """Take one gradient step; return its loss and the parts of the true ELBO, from the same draws.
@@ -111,7 +121,9 @@ class CompiledSVI(SVI):
         """Set the parameters' gradients; return the loss and, if asked for, the parts of the true ELBO."""
         graph = self._graph(batch, "loss and parts" if parts else "loss")
         if graph is None:
-            return super().loss_and_grads(*batch, parts=parts)
+            result = super().loss_and_grads(*batch, parts=parts)
+            self._warn()  # now that the batch is known to be right
+            return result
         with torch.no_grad(), network_precision("tf32" if self.precision == "tf32" else "float32"):
             loss, gradients, found = graph(*batch)
         for parameter, gradient in zip(self._parameters(), gradients, strict=True):
@@ -121,10 +133,15 @@ class CompiledSVI(SVI):
         return loss, found
 
     def time_plain_step(self, *batch: Tensor) -> float:
-        """Return the seconds that loss and gradients take without a graph; nothing is changed."""
+        """Return the seconds that loss and gradients take without a graph; nothing is changed.
+
+        Raises:
+            NotImplementedError: if the estimator has no differentiable loss, so that no step is compiled.
+        """
         self.setup(*batch)
+        self._check_estimator()
         seconds = []
-        with self._undone(batch):
+        with self._now().undone(_devices(batch)), pyro.validation_enabled(False):
             for _ in range(4):  # the first one warms up
                 start = time.perf_counter()
                 float(super().loss_and_grads(*batch, parts=True)[0])
@@ -138,7 +155,9 @@ class CompiledSVI(SVI):
         self.setup(*batch)
         graph = self._graph(batch, "parts")
         if graph is None:
-            return super().parts(*batch)
+            sums = super().parts(*batch)
+            self._warn()
+            return sums
         with torch.no_grad():
             found: dict[str, Tensor] = graph(*batch)
         return found
@@ -149,46 +168,66 @@ class CompiledSVI(SVI):
             return None
         if self._state is None or not self._state.holds():
             self._look()
-        shapes = [(x.shape, x.stride(), x.dtype, x.device) for x in batch]
-        for_batch = result, self.precision, self.per_datum, *shapes
+        shapes = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in batch]
+        autocast = torch.is_autocast_enabled(batch[0].device.type)
+        for_batch = result, self.precision, self.per_datum, autocast, *shapes
         if (self._key, for_batch) not in self._graphs:
-            if len(self._graphs) == MOST_GRAPHS:
-                changes = ValueError(f"{MOST_GRAPHS} graphs, since something changes from step to step")
-                self._warn("has", changes)
+            if self._compiled == MOST_GRAPHS:
+                self._failure = (
+                    f"has compiled {MOST_GRAPHS} graphs, since something changes from step to step"
+                )
                 self._graphs.clear()
                 self.plain = True
                 return None
+            self._compiled += 1
             graph = self._compile(batch, result)
             self._look()
             self._graphs[self._key, for_batch] = graph
         return self._graphs[self._key, for_batch]
 
+    def _now(self) -> ProgramState:
+        return ProgramState([*self.objective.networks(), self.objective.estimator])
+
     def _look(self) -> None:
         """Take note of what a graph depends on, besides its batch."""
-        self._state = _State([*self.objective.networks(), self.objective.estimator])
-        self._key = self._keys.setdefault(self._state.key(self._held), len(self._keys))
+        self._state = self._now()
+        key = self._state.key(self._held, self._written)
+        self._key, _ = self._states.setdefault(key, (len(self._states), self._state))
 
     def _compile(self, batch: tuple[Tensor, ...], result: Result) -> Callable[..., Any] | None:
-        """Return what gives the result for batches like this one, or None, with a warning."""
+        """Return what gives the result for batches like this one, or None."""
         what = "can't trace"
+        state, devices = self._now(), _devices(batch)
         try:
-            with self._undone(batch), network_precision("float32" if result == "parts" else self.precision):
-                traced = self._trace(batch, result)
+            with state.undone(devices):
+                with network_precision("float32" if result == "parts" else self.precision):
+                    traced = self._trace(batch, result)
+                held = {id(tensor): tensor for tensor in traced.held}
+                written = state.written(held)
             what = "can't compile the traced step"
-            with self._undone(batch), torch.no_grad():
+            with state.undone(devices), torch.no_grad():
                 graph = traced.compile(batch)
                 graph(*batch)
         except Exception as error:  # whatever a program does
-            self._warn(f"{what} {line_of(error)}" if what == "can't trace" else what, error)
+            where = f" {line_of(error)}" if what == "can't trace" else ""
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self._failure = f"{what}{where}: {reason}"
             return None
-        self._held |= {id(tensor): tensor for tensor in traced.held}
+        self._held |= held
+        self._written |= written
+        if result != "parts" and self._makes_optim and isinstance(self.optim, Optimizer):
+            prepare(self.optim, batch[0].device, capture=batch[0].is_cuda)
         return graph
+
+    def _check_estimator(self) -> None:
+        estimator = self.objective.estimator
+        if not hasattr(estimator, "differentiable_loss"):
+            raise NotImplementedError(f"{type(estimator).__name__} has no differentiable loss")
 
     def _trace(self, batch: tuple[Tensor, ...], result: Result) -> Traced:
         """Return the graph that gives a result."""
-        estimator = self.objective.estimator
-        if result != "parts" and not hasattr(estimator, "differentiable_loss"):
-            raise NotImplementedError(f"{type(estimator).__name__} has no differentiable loss")
+        if result != "parts":
+            self._check_estimator()
         parameters = self._parameters()
 
         def run(*batch: Tensor) -> Any:
@@ -201,99 +240,31 @@ class CompiledSVI(SVI):
             scale = torch.full_like(loss, 1 / len(batch[0])) if self.per_datum else None
             gradients = iter(torch.autograd.grad(loss, wanted, scale, allow_unused=True))
             seen: set[int] = set()
-            own = [_own(next(gradients), seen) if p.requires_grad else None for p in parameters]
+            own = [_own(next(gradients), p, seen) if p.requires_grad else None for p in parameters]
             return loss.detach(), own, found
 
-        try:
-            return trace(run, batch, estimator)
-        finally:
-            if isinstance(estimator, Estimator):
-                estimator.terms = None  # tensors of the trace
+        if any(p._post_accumulate_grad_hooks for p in parameters):
+            raise NotImplementedError("a parameter has a hook that waits for its gradient")
+        return trace(run, batch, self.objective.estimator)
 
-    @contextlib.contextmanager
-    def _undone(self, batch: tuple[Tensor, ...]) -> Iterator[None]:
-        """Let a run change no parameter, no buffer and no random stream."""
-        estimator = self.objective.estimator
-        modules = self.objective.networks()
-        held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        if isinstance(estimator, Estimator):
-            held.append(estimator.step)
-        before = [tensor.detach().clone() for tensor in held]
-        devices = {x.device.index for x in batch if x.device.type == "cuda"}
-        try:
-            with torch.random.fork_rng(devices=devices):
-                yield
-        finally:
-            with torch.no_grad():
-                for tensor, value in zip(held, before, strict=True):
-                    if not torch.equal(tensor, value):
-                        tensor.copy_(value)
-
-    def _warn(self, what: str, error: Exception) -> None:
-        if not self._warned:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            warnings.warn(f"CompiledSVI: {what}: {reason}; steps are those of SVI", UserWarning, stacklevel=6)
+    def _warn(self) -> None:
+        """Say, once, why steps are plain."""
+        if self._failure and not self._warned:
+            message = f"CompiledSVI: {self._failure}; steps are those of SVI"
+            warnings.warn(message, UserWarning, stacklevel=5)
             self._warned = True
 
 
-class _State:
-    """The modules of the programs and their estimator as they are: what a graph depends on."""
-
-    def __init__(self, owners: list[Any]) -> None:
-        self.owners = owners
-        self.dicts = [vars(owner) for owner in owners]
-        for owner in owners:
-            if isinstance(owner, nn.Module):
-                hooks = owner._forward_hooks, owner._forward_pre_hooks
-                self.dicts += [owner._parameters, owner._buffers, owner._modules, *hooks]
-        self.values = list(self._values())
-        self.tensors = [value for value in self.values if isinstance(value, Tensor)]
-        self.marks = self._marks()
-
-    def holds(self) -> bool:
-        """Return whether nothing was replaced since; False is no proof that something was."""
-        return (
-            self.marks == self._marks()
-            and sum(map(len, self.dicts)) == len(self.values)
-            and all(map(operator.is_, self._values(), self.values))
-        )
-
-    def _values(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(map(dict.values, self.dicts))
-
-    def _marks(self) -> list[Any]:
-        """Return what changes where a tensor gets other memory, as by ``model.double()``, or is frozen."""
-        return [*[t.data_ptr() for t in self.tensors], *[t.requires_grad for t in self.tensors]]
-
-    def key(self, held: Mapping[int, Tensor]) -> Hashable:
-        """Return what is different if another graph is needed; ``held`` are the tensors of the graphs."""
-        found: list[Any] = []
-        for owner in self.owners:
-            found.append(type(owner))
-            if not isinstance(owner, nn.Module):
-                settings = [(name, value) for name, value in vars(owner).items() if name not in _RESULTS]
-                found += [(name, v if isinstance(v, Hashable) else id(v)) for name, v in settings]
-            else:
-                for name, value in vars(owner).items():
-                    if isinstance(value, _PLAIN):
-                        found.append((name, value))
-                    elif id(value) in held:
-                        found.append((name, id(value)))
-                found += [*owner._modules, len(owner._forward_hooks), len(owner._forward_pre_hooks)]
-                for tensor in (*owner._parameters.values(), *owner._buffers.values()):
-                    found.append(id(tensor))
-                    if tensor is not None:
-                        found += [tensor.shape, tensor.stride(), tensor.dtype, tensor.device]
-                        found.append(tensor.requires_grad)
-        return tuple(found)
+def _devices(batch: tuple[Tensor, ...]) -> set[int]:
+    return {x.device.index for x in batch if x.device.type == "cuda"}
 
 
-def _own(gradient: Tensor | None, seen: set[int]) -> Tensor | None:
-    """Return a gradient that shares its memory with no other, since it will be changed in place."""
+def _own(gradient: Tensor | None, parameter: Tensor, seen: set[int]) -> Tensor | None:
+    """Return a gradient of its parameter's layout that shares memory with no other, as optimisers expect."""
     if gradient is None:
         return None
     place = gradient.untyped_storage().data_ptr()
-    if place in seen or 0 in gradient.stride():
-        return gradient.clone(memory_format=torch.contiguous_format)
+    if place in seen or gradient.stride() != parameter.stride():
+        return torch.empty_like(parameter).copy_(gradient)
     seen.add(place)
     return gradient

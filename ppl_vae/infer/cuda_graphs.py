@@ -9,15 +9,20 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 
-def make_capturable(optim: Optimizer, device: torch.device) -> None:
-    """Let a new optimiser's steps be captured, where it can: its learning rates become tensors.
+def prepare(optim: Optimizer, device: torch.device, *, capture: bool) -> None:
+    """Let an optimiser that took no step use torch's fused kernel and be captured, where it can.
 
-    Schedulers change such a rate in place, so that a graph sees it.
+    What it was told otherwise stays. For a capture its learning rates become tensors, which schedulers
+    change in place, so that a graph sees it.
     """
-    if optim.state:
+    parameters = [p for group in optim.param_groups for p in group["params"]]
+    if optim.state or not all(p.is_floating_point() for p in parameters):
         return
     for group in optim.param_groups:
-        if "capturable" in group and not isinstance(group["lr"], Tensor):
+        fusible = type(optim) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+        if fusible and group["fused"] is None and not (group["foreach"] or group["differentiable"]):
+            group["fused"] = True
+        if capture and "capturable" in group and not isinstance(group["lr"], Tensor):
             group["capturable"] = True
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
 
@@ -27,16 +32,15 @@ def is_capturable(optim: Optimizer) -> bool:
     return all(group.get("capturable") for group in optim.param_groups)
 
 
-def tensors_of(optim: Any) -> tuple[int, ...]:
-    """Return what changes when an optimiser's settings or the tensors of its state are replaced."""
+def tensors_of(optim: Any) -> tuple[Any, ...]:
+    """Return what is different when an optimiser's settings or the tensors of its state are replaced."""
     settings = [
-        id(value) if isinstance(value, Tensor) else hash(value)
+        value if isinstance(value, Tensor) else repr(value)
         for group in optim.param_groups
         for name, value in group.items()
         if name != "params"
     ]
-    state = [id(value) for held in optim.state.values() for value in held.values()]
-    return *settings, *state
+    return *settings, *(value for held in optim.state.values() for value in held.values())
 
 
 class Replay:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ppl_vae.infer.running import (
     Program,
     calls_of_modules,
+    check_model_of,
     check_pair,
     check_support,
     evaluating,
@@ -94,6 +95,7 @@ class Objective(nn.Module):
         """
         if self.trainable is not None:
             return
+        check_model_of(self.guide, self.model)
         called: list[nn.Module] = []
         ran: dict[str, list[nn.Module]] = {}
         constrained: dict[str, Mapping[str, Any]] = {}
@@ -203,6 +205,8 @@ class Objective(nn.Module):
             for module in modules
             for m in module.modules()
         ]
+        owners = [getattr(program, "__self__", None) for program in (self.model, self.guide)]
+        found += [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
         return list(dict.fromkeys([*self.modules(), *found]))
 
     def warn_of_missing_gradients(self) -> None:

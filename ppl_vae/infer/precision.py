@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 Precision = Literal["float32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bf16")
@@ -44,14 +45,16 @@ _LAYERS = {
     F.conv_transpose2d,
     F.conv_transpose3d,
     F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
 }
 
 
 class _BFloat16(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func not in _LAYERS:
-            return func(*args, **(kwargs or {}))
-        x: Tensor = next(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor))
+            return func(*args, **kwargs)
+        x: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            result: Tensor = func(*args, **(kwargs or {}))
-        return result.float() if result.dtype == torch.bfloat16 and x.dtype == torch.float32 else result
+            result = func(*args, **kwargs)
+        return tree_map_only(Tensor, Tensor.float, result) if x.dtype == torch.float32 else result

@@ -90,6 +90,7 @@ class SVI:
         check_choice("precision", precision, PRECISIONS)
         self.precision = precision
         self._ready = self._stepped = False
+        self._makes_optim = not isinstance(optim, (Optimizer, PyroOptim))
 
     def setup(self, *batch: Tensor) -> None:
         """Check the pair on a batch and build the optimiser; the first ``step`` does it if need be."""

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import one_hot
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -62,8 +64,8 @@ def trace(run: Callable[..., Any], inputs: Sequence[Tensor], elbo: ELBO) -> Trac
         structure[:] = [isinstance(leaf, Tensor) for leaf in leaves], spec
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    with pyro.validation_enabled(False), tensors_for_numbers(elbo):
-        graph, held = _lift(make_fx(flat)(*inputs))
+    with pyro.validation_enabled(False), tensors_for_numbers(elbo), OneHot():
+        graph, held = _lift(make_fx(flat, _SAME_DRAWS)(*inputs))
     return Traced(graph, held, *structure)
 
 
@@ -112,6 +114,21 @@ def _lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
         delattr(graph, name)
     graph.recompile()
     return graph, constants
+
+
+# TorchInductor has a way of its own to draw these, which gives others
+_SAME_DRAWS: dict[Any, Any] = {
+    torch.ops.aten.bernoulli.default: lambda p, generator=None: torch.empty_like(p).bernoulli_(p)
+}
+
+
+class OneHot(TorchFunctionMode):
+    """Makes one-hot vectors without a look at the values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is one_hot and len(args) == 2 and args[1] > 0:
+            return (args[0].unsqueeze(-1) == torch.arange(args[1], device=args[0].device)).long()
+        return func(*args, **(kwargs or {}))
 
 
 class NoNumbers(TorchDispatchMode):

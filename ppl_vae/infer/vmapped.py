@@ -11,7 +11,6 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -26,7 +25,7 @@ from ppl_vae.infer.recording import term_sums
 from ppl_vae.infer.running import evaluating, settle
 from ppl_vae.infer.schedules import Schedule
 from ppl_vae.infer.svi import with_parts
-from ppl_vae.infer.tracing import NoNumbers, line_of, tensors_for_numbers
+from ppl_vae.infer.tracing import NoNumbers, OneHot, line_of, tensors_for_numbers
 
 Tensors = dict[str, Tensor]
 
@@ -226,7 +225,7 @@ class VmappedStep:
         held = trained | rest
         if isinstance(self.elbo, Estimator):
             vars(self.elbo).update(weights, step=count.clone())
-        with _PerMember(index):
+        with OneHot(), _PerMember(index):
             loss, parts = with_parts(
                 self.template, lambda *batch: functional_call(self.template, held, batch), batch, parts=True
             )
@@ -236,7 +235,7 @@ class VmappedStep:
         return loss, (parts, rest)
 
     def _validation(self, trained: Tensors, rest: Tensors, index: Tensor, batch: Any) -> Tensors:
-        with _PerMember(index), evaluating(self.template.model, self.template.guide):
+        with OneHot(), _PerMember(index), evaluating(self.template.model, self.template.guide):
             return functional_call(self.parts, trained | rest, batch)
 
 
@@ -254,7 +253,7 @@ class _Parts(nn.Module):
 class _PerMember(TorchFunctionMode):
     """Runs in another way what distributions do when they draw and ``torch.func.vmap`` can't run as it is.
 
-    An empty tensor, to be filled with noise, is one of each member; one-hot vectors look at no value.
+    An empty tensor, to be filled with noise, is one of each member.
     """
 
     def __init__(self, index: Tensor) -> None:
@@ -262,8 +261,6 @@ class _PerMember(TorchFunctionMode):
         self.index = index
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is one_hot and len(args) == 2:
-            return (args[0].unsqueeze(-1) == torch.arange(args[1], device=args[0].device)).long()
         made = func(*args, **(kwargs or {}))
         if func in _EMPTY or (func is Tensor.new and isinstance(args[-1], (int, torch.Size))):
             return self.index.new_empty(made.shape, dtype=made.dtype, device=made.device)

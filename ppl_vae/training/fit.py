@@ -251,7 +251,10 @@ def _is_short(
     """Return whether training takes too little time to compile for, and a line that says so."""
     if steps is None:
         return True, "compile='auto': plain steps, since the data's number of batches is unknown"
-    seconds = svi.time_plain_step(*batch)
+    try:
+        seconds = svi.time_plain_step(*batch)
+    except NotImplementedError as error:
+        return True, f"compile='auto': plain steps, since {error}"
     total = f"{steps * epochs} plain steps of {1000 * seconds:.2g} ms"
     if steps * epochs * seconds < WORTH_COMPILING:
         return True, f"compile='auto': plain steps, since {total} take less than {WORTH_COMPILING} s"

@@ -121,7 +121,7 @@ class Training:
     def _epoch(self, epoch: int, snapshot: dict[str, Any], bar: tqdm) -> Record:
         start = time.perf_counter()
         record: Record = {"epoch": epoch}
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]  # which a scheduler may fill
         with seeded(self.seed, epoch, 0), pyro.validation_enabled(False):
             totals = self._steps(epoch, snapshot, bar)
         record |= {f"train_{name}": value for name, value in totals.items()}

@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 from ppl_vae import fit
 from ppl_vae.guides import MeanFieldGuide
 from ppl_vae.infer import IWAE, KL_ELBO, STL_ELBO, SVI, CompiledSVI, LinearWarmup, compiled_svi, tracing
-from ppl_vae.infer.cuda_graphs import is_capturable, make_capturable
+from ppl_vae.infer.cuda_graphs import is_capturable, prepare
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.models import VAE
 from ppl_vae.networks import MLP
@@ -429,7 +429,7 @@ def test_double_precision_stays_so() -> None:
 def test_learning_rates_of_captured_optimisers_are_tensors_that_schedulers_fill() -> None:
     p = nn.Parameter(torch.ones(2))
     optim = torch.optim.Adam([p], lr=0.5)
-    make_capturable(optim, torch.device("cpu"))
+    prepare(optim, torch.device("cpu"), capture=True)
     assert is_capturable(optim) and isinstance(rate := optim.param_groups[0]["lr"], Tensor)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optim, 0.5)
     with warnings.catch_warnings():
@@ -437,7 +437,7 @@ def test_learning_rates_of_captured_optimisers_are_tensors_that_schedulers_fill(
         scheduler.step()
     assert optim.param_groups[0]["lr"] is rate and float(rate) == 0.25
     others = torch.optim.SGD([p], lr=0.5)
-    make_capturable(others, torch.device("cpu"))
+    prepare(others, torch.device("cpu"), capture=True)
     assert not is_capturable(others) and others.param_groups[0]["lr"] == 0.5
 
 

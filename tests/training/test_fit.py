@@ -1390,3 +1390,29 @@ def test_precision_is_that_of_training_alone() -> None:
     assert low.history[0]["train_elbo"] != full.history[0]["train_elbo"]
     assert low.history[0]["validation_elbo"] == full.history[0]["validation_elbo"]
     assert low.config["precision"] == "bf16"
+
+
+def test_compile_auto_with_an_estimator_that_is_never_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    elbo = RenyiELBO(num_particles=2)
+    run = fit(*linear_pair(), linear_data(), elbo=elbo, epochs=1, compile="auto", **QUIET)
+    assert run.config["compile"] is False
+    assert "plain steps, since RenyiELBO has no differentiable loss" in capsys.readouterr().err
+
+
+def test_learning_rates_that_are_tensors_are_recorded_as_they_were() -> None:
+    def adam(groups: Any) -> torch.optim.Optimizer:
+        made = torch.optim.Adam(groups, fused=True)
+        for group in made.param_groups:
+            group["lr"] = torch.tensor(group["lr"])
+        return made
+
+    run = fit(
+        *linear_pair(),
+        linear_data(),
+        optimizer=adam,
+        learning_rate=0.01,
+        scheduler=functools.partial(schedulers.ExponentialLR, gamma=0.1),
+        epochs=2,
+        **QUIET,
+    )
+    assert [record["learning_rate"] for record in run.history] == [pytest.approx(0.01), pytest.approx(0.001)]
