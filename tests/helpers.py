@@ -5,6 +5,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -97,8 +98,14 @@ class Draws(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["done"] and not msg["is_observed"] and msg["name"] in self.noise:
-            normal = msg["fn"].base_dist
-            msg["value"] = normal.loc + normal.scale * self.noise[msg["name"]]
+            fn, noise = msg["fn"], self.noise[msg["name"]]
+            normal = getattr(fn, "base_dist", None)
+            if isinstance(normal, torch.distributions.Normal):
+                msg["value"] = normal.loc + normal.scale * noise
+            elif fn.support is dist.constraints.sphere:
+                msg["value"] = torch.nn.functional.normalize(fn.loc + noise, dim=-1)
+            else:
+                msg["value"] = noise.expand(fn.shape())
             msg["done"] = True
 
 

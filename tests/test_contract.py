@@ -17,12 +17,18 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_vae.description import build, describe
-from ppl_vae.guides import MeanFieldGuide
+from ppl_vae.guides import (
+    FullRankGuide,
+    HypersphericalGuide,
+    LowRankGuide,
+    MeanFieldGuide,
+    MixtureGuide,
+)
 from ppl_vae.infer import log_weights
 from ppl_vae.likelihoods import Bernoulli, ContinuousBernoulli, Normal
 from ppl_vae.models import VAE, LinearGaussian
 from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
-from ppl_vae.priors import StandardNormal
+from ppl_vae.priors import StandardNormal, UniformSphere
 
 LATENT = 2
 IMAGE = (1, 4, 5)
@@ -63,7 +69,10 @@ def convolution(normalization: str | None = None) -> nn.Module:
     return ConvDecoder(LATENT, IMAGE, 6, (4, 3), normalization=normalization)
 
 
-PRIORS = (Case("StandardNormal", lambda: StandardNormal(LATENT)),)
+PRIORS = (
+    Case("StandardNormal", lambda: StandardNormal(LATENT)),
+    Case("UniformSphere", lambda: UniformSphere(LATENT)),
+)
 LIKELIHOODS = (
     Case("Bernoulli", lambda: Bernoulli(dense())),
     Case("Bernoulli-convolution", lambda: Bernoulli(convolution("layer"))),
@@ -74,6 +83,11 @@ LIKELIHOODS = (
 )
 GUIDES = (
     Case("MeanFieldGuide", lambda: MeanFieldGuide(MLP(IMAGE, hidden=(6, 5)), LATENT)),
+    Case("FullRankGuide", lambda: FullRankGuide(MLP(IMAGE, hidden=(6, 5)), LATENT)),
+    Case("LowRankGuide", lambda: LowRankGuide(MLP(IMAGE, hidden=(6, 5)), LATENT, rank=1)),
+    Case("MixtureGuide", lambda: MixtureGuide(MLP(IMAGE, hidden=(6, 5)), LATENT, 3)),
+    Case("MixtureGuide-network", lambda: MixtureGuide(MLP(IMAGE, hidden=6), LATENT, 3, weights="network")),
+    Case("HypersphericalGuide", lambda: HypersphericalGuide(MLP(IMAGE, hidden=(6, 5)), LATENT)),
     Case("MeanFieldGuide-convolution", lambda: MeanFieldGuide(ConvEncoder(IMAGE, 6, (3, 4)), LATENT)),
 )
 MODELS = (
@@ -232,7 +246,8 @@ def test_float64_throughout(case: Case) -> None:
 def test_gradients_reach_every_parameter(case: Case) -> None:
     piece = double(case)
     if case in PRIORS:
-        piece().log_prob(torch.ones(LATENT).double()).sum()
+        prior = piece()
+        prior.log_prob(prior.sample()).sum()
     elif case in LIKELIHOODS:
         piece(torch.randn(3, LATENT).double()).log_prob(case.data(3)).sum().backward()
     else:
@@ -252,7 +267,7 @@ def test_prior_is_over_one_latent_vector(case: Case) -> None:
     prior = double(case)()
     assert prior.batch_shape == ()
     assert prior.event_shape == (LATENT,)
-    z = torch.randn(4, 3, LATENT).double()
+    z = prior.sample((4, 3))
     log_prob = prior.log_prob(z)
     assert log_prob.shape == (4, 3)
     for k in range(4):

@@ -17,7 +17,7 @@ class AmortizedGuide(Program):
     ``family`` makes a Distribution of them.
 
     Args:
-        encoder: network from ``x`` of ``[n, *event]``, or from ``x`` and ``y``, to features ``[n, features]``.
+        encoder: network from ``x`` ``[n, *event]``, or from ``x`` and ``y``, to features ``[n, features]``.
         latent_dim: the number of latent dimensions.
         outputs: the number of outputs of the head.
         features: the encoder's number of features; by default ``encoder.out_features``.

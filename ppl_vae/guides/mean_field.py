@@ -36,7 +36,12 @@ class MeanFieldGuide(AmortizedGuide):
     def __init__(self, encoder: nn.Module, latent_dim: int, *, features: int | None = None) -> None:
         super().__init__(encoder, latent_dim, 2 * check_positive_int("latent_dim", latent_dim), features)
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
-        """Return q(z | x): batch shape ``[n]``, event shape ``[latent]``, for ``x`` of ``[n, *event]``."""
-        loc, log_scale = self.encode(x, y).chunk(2, -1)
-        return dist.Normal(loc, log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()).to_event(1)
+    def family(self, outputs: Tensor) -> dist.TorchDistribution:
+        """Return the normal whose mean and log standard deviation are the outputs ``[n, 2 * latent]``."""
+        return mean_field(outputs)
+
+
+def mean_field(outputs: Tensor) -> dist.TorchDistribution:
+    """Return the normal of independent dimensions with these means and, clamped, log standard deviations."""
+    loc, log_scale = outputs.chunk(2, -1)
+    return dist.Normal(loc, log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()).to_event(1)

@@ -1,5 +1,6 @@
 """KL divergences of latent sites: closed forms where they are known, else from the draws."""
 
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ def _closed_form(q: Any, p: Any, *, by_dimension: bool) -> Tensor | None:
         q, p = q.base_dist, p.base_dist
     elif isinstance(q, (MultivariateNormal, LowRankMultivariateNormal)) and factorises(p):
         if isinstance(p.base_dist, Normal):
-            p = MultivariateNormal(p.base_dist.loc, scale_tril=p.base_dist.scale.diag_embed())
+            loc, scale = p.base_dist.loc, p.base_dist.scale
+            squares = (q.variance + (q.mean - loc).square()) / scale.square() + math.log(2 * math.pi)
+            return 0.5 * squares.sum(-1) + scale.log().sum(-1) - q.entropy()
     try:
         return kl_divergence(q, p)
     except NotImplementedError:

@@ -6,6 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppl_vae.infer import SVI, CompiledSVI
+from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.models import VAE
+from ppl_vae.networks import MLP
+from ppl_vae.priors import StandardNormal
+
 
 def integral(posterior: Any, half_width: float = 10.0, points: int = 801) -> Tensor:
     """Return the integral of each density of two dimensions over a square, ``[n]``, by the trapezium rule."""
@@ -44,3 +50,19 @@ def gradients_reach_every_parameter(guide: nn.Module, x: Tensor) -> list[str]:
     z = posterior.rsample((3,))
     (z.square().sum() + z.sin().sum() + posterior.log_prob(z).sum()).backward()
     return [name for name, p in guide.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def steps_compiled_and_plain(make: Callable[[], nn.Module], elbo: Callable[[], Any]) -> list[list[Tensor]]:
+    """Return losses and final tensors of plain and of compiled steps; to be alike up to rounding.
+
+    ``make`` gives a guide of two latent dimensions for data ``[n, 4]``. Patch ``compile_graph`` first.
+    """
+    found = []
+    for engine in (SVI, CompiledSVI):
+        torch.manual_seed(0)
+        model, guide = VAE(StandardNormal(2), Bernoulli(MLP(2, 4, hidden=3))).double(), make().double()
+        x = torch.bernoulli(torch.full((6, 4), 0.5, dtype=torch.float64))
+        svi = engine(model, guide, torch.optim.Adam, elbo())
+        losses = [svi.step(x if i < 4 else x[:4]) for i in range(6)]
+        found.append([*losses, *model.state_dict().values(), *guide.state_dict().values()])
+    return found
