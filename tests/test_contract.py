@@ -119,7 +119,8 @@ def other_half(case: Case) -> nn.Module:
     """Return a guide for a model, a model for a guide."""
     if case in MODELS:
         return MeanFieldGuide(MLP(case.event, hidden=5), LATENT).double()
-    return VAE(StandardNormal(LATENT), Bernoulli(dense())).double()
+    prior = UniformSphere if "Hyperspherical" in case.name else StandardNormal
+    return VAE(prior(LATENT), Bernoulli(dense())).double()
 
 
 def pair_of(case: Case) -> tuple[nn.Module, nn.Module]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ppl_vae import evaluate
 from ppl_vae.distributions import VonMisesFisher
-from ppl_vae.guides.hyperspherical import HypersphericalGuide
+from ppl_vae.guides import HypersphericalGuide, MeanFieldGuide
 from ppl_vae.infer import IWAE, KL_ELBO, STL_ELBO, SVI, CompiledSVI, DReG, log_weights, tracing
 from ppl_vae.likelihoods import Bernoulli, Normal
 from ppl_vae.models import VAE
 from ppl_vae.networks import MLP
-from ppl_vae.priors.uniform_sphere import UniformSphere
+from ppl_vae.priors import StandardNormal, UniformSphere
 
 ESTIMATORS = {
     "KL_ELBO": KL_ELBO,
@@ -235,3 +235,14 @@ def test_wrong_arguments(
 ) -> None:
     with pytest.raises(error, match=f"^{name}: expected a whole number above {number}.*, got "):
         HypersphericalGuide(MLP(3), latent_dim, features=features)
+
+
+@pytest.mark.parametrize(
+    ("prior", "guide"),
+    [(StandardNormal(3), HypersphericalGuide(MLP(4), 3)), (UniformSphere(3), MeanFieldGuide(MLP(4), 3))],
+    ids=["guide", "prior"],
+)
+def test_one_of_a_pair_on_the_sphere_is_refused(prior: nn.Module, guide: nn.Module) -> None:
+    svi = SVI(VAE(prior, Bernoulli(MLP(3, 4))), guide, torch.optim.Adam, KL_ELBO())
+    with pytest.raises(ValueError, match="site 'z': model and guide disagree on where it is: .* on the sphere"):
+        svi.step(torch.ones(2, 4))
