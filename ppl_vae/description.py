@@ -14,11 +14,11 @@ from typing import Any
 from ppl_vae._checks import did_you_mean
 
 MAX_LENGTH = 1000  # of a list of sizes, each of which costs a layer
-PACKAGES = ("models", "guides", "priors", "likelihoods", "networks")
+PACKAGES = ("models", "guides", "priors", "likelihoods", "networks", "flows")
 
 
 def library_classes() -> dict[str, type]:
-    """Return the library's public classes of models, guides, priors, likelihoods and networks, by name."""
+    """Return the library's public classes of models, guides and what they are made of, by name."""
     modules = [importlib.import_module(f"ppl_vae.{package}") for package in PACKAGES]
     return {name: getattr(module, name) for module in modules for name in module.__all__}
 

@@ -99,13 +99,20 @@ class Draws(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["done"] and not msg["is_observed"] and msg["name"] in self.noise:
             fn, noise = msg["fn"], self.noise[msg["name"]]
-            normal = getattr(fn, "base_dist", None)
+            transforms = getattr(fn, "transforms", [])
+            base = fn.base_dist if transforms else fn
+            normal = getattr(base, "base_dist", None)
             if isinstance(normal, torch.distributions.Normal):
-                msg["value"] = normal.loc + normal.scale * noise
+                value = normal.loc + normal.scale * noise
+            elif isinstance(base, torch.distributions.MultivariateNormal):
+                value = base.loc + (base.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
             elif fn.support is dist.constraints.sphere:
-                msg["value"] = torch.nn.functional.normalize(fn.loc + noise, dim=-1)
+                value = torch.nn.functional.normalize(fn.loc + noise, dim=-1)
             else:
-                msg["value"] = noise.expand(fn.shape())
+                value = noise.expand(fn.shape())
+            for transform in transforms:
+                value = transform(value)
+            msg["value"] = value
             msg["done"] = True
 
 

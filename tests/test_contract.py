@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_vae.description import build, describe
+from ppl_vae.flows import AffineCoupling, InverseAutoregressive, Sylvester
 from ppl_vae.guides import (
+    FlowGuide,
     FullRankGuide,
     HypersphericalGuide,
     LowRankGuide,
@@ -88,6 +90,17 @@ GUIDES = (
     Case("MixtureGuide", lambda: MixtureGuide(MLP(IMAGE, hidden=(6, 5)), LATENT, 3)),
     Case("MixtureGuide-network", lambda: MixtureGuide(MLP(IMAGE, hidden=6), LATENT, 3, weights="network")),
     Case("HypersphericalGuide", lambda: HypersphericalGuide(MLP(IMAGE, hidden=(6, 5)), LATENT)),
+    Case(
+        "FlowGuide-autoregressive",
+        lambda: FlowGuide(MLP(IMAGE, hidden=(6, 5)), InverseAutoregressive(LATENT, 4, hidden=7)),
+    ),
+    Case(
+        "FlowGuide-coupling-full-rank",
+        lambda: FlowGuide(
+            ConvEncoder(IMAGE, 6, (3, 4)), AffineCoupling(LATENT, 3, hidden=7), base="full-rank"
+        ),
+    ),
+    Case("FlowGuide-sylvester", lambda: FlowGuide(MLP(IMAGE, hidden=(6, 5)), Sylvester(LATENT, 4))),
     Case("MeanFieldGuide-convolution", lambda: MeanFieldGuide(ConvEncoder(IMAGE, 6, (3, 4)), LATENT)),
 )
 MODELS = (

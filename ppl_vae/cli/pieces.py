@@ -36,6 +36,7 @@ PIECES = {
     "decoder": Piece("the likelihood's network", "MLP", ("ppl_vae.networks",)),
     "guide": Piece("q(z | x)", "MeanFieldGuide", ("ppl_vae.guides",)),
     "encoder": Piece("the guide's network", "MLP", ("ppl_vae.networks",)),
+    "flow": Piece("the flow of FlowGuide", "InverseAutoregressive", ("ppl_vae.flows",)),
     "elbo": Piece("the ELBO estimator", "Trace_ELBO", ("ppl_vae.infer", "pyro.infer"), ELBO),
     "optimizer": Piece("a torch optimiser", "Adam", ("torch.optim",), Optimizer),
     "scheduler": Piece(
@@ -43,7 +44,7 @@ PIECES = {
     ),
 }
 ROOTS = ("model", "guide", "elbo", "optimizer", "scheduler")
-NESTED = ("prior", "likelihood", "decoder", "encoder")  # pieces that are arguments of others
+NESTED = ("prior", "likelihood", "decoder", "encoder", "flow")  # pieces that are arguments of others
 
 # arguments that come from the data, from other settings or from other pieces
 _GIVEN = {*NESTED, "latent_dim", "data_dim", "x_shape", "in_shape", "out_shape", "params", "lr", "optimizer"}

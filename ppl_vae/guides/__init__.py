@@ -3,6 +3,7 @@
 if __name__ != "ppl_vae.guides":
     raise ImportError(f"import ppl_vae.guides instead: {__name__!r} is a link in the checkout, not a package")
 
+from ppl_vae.guides.flow import FlowGuide as FlowGuide
 from ppl_vae.guides.full_rank import FullRankGuide as FullRankGuide
 from ppl_vae.guides.hyperspherical import HypersphericalGuide as HypersphericalGuide
 from ppl_vae.guides.low_rank import LowRankGuide as LowRankGuide
@@ -10,6 +11,7 @@ from ppl_vae.guides.mean_field import MeanFieldGuide as MeanFieldGuide
 from ppl_vae.guides.mixture import MixtureGuide as MixtureGuide
 
 __all__ = [
+    "FlowGuide",
     "FullRankGuide",
     "HypersphericalGuide",
     "LowRankGuide",

@@ -125,8 +125,9 @@ def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, T
 
     Raises:
         ValueError: naming the site, if the model can't run on the guide's draws because the two
-            disagree on it.
+            disagree on it; or if the guide computes with another model.
     """
+    check_model_of(guide, model)
     guide_trace: Trace | None = None
     try:
         guide_trace = poutine.trace(in_own_store(guide)).get_trace(*batch)
@@ -141,6 +142,22 @@ def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, T
             check_latents(alone, guide_trace)
         raise cause from None
     return model_trace, guide_trace
+
+
+def check_model_of(guide: Program, model: Program) -> None:
+    """Raise if a guide computes with another model than it is run with; both are to be modules.
+
+    Such a guide holds its model as the attribute ``model``, which it does not register.
+    """
+    if not (isinstance(guide, nn.Module) and isinstance(model, nn.Module)):
+        return
+    for part in guide.modules():
+        held = vars(part).get("model")
+        if isinstance(held, nn.Module) and all(held is not known for known in model.modules()):
+            raise ValueError(
+                f"guide: expected a {type(part).__name__} of the model that it is run with, "
+                f"got one of another {type(held).__name__}; set its `model`"
+            )
 
 
 def without_table(error: BaseException) -> BaseException:
@@ -241,6 +258,13 @@ def check_latents(model_trace: Trace, guide_trace: Trace) -> None:
             raise ValueError(
                 f"site {name!r}: model and guide disagree on shapes (batch, event): "
                 f"{shapes[0]} in the model, {shapes[1]} in the guide"
+            )
+        on_sphere = [site["fn"].support is constraints.sphere for site in (in_model[name], in_guide[name])]
+        if on_sphere[0] != on_sphere[1]:  # densities of areas and of volumes
+            where = ["on the sphere" if on else "in all of space" for on in on_sphere]
+            raise ValueError(
+                f"site {name!r}: model and guide disagree on where it is: {where[0]} in the model, "
+                f"{where[1]} in the guide"
             )
 
 

@@ -1,0 +1,118 @@
+"""The Hamiltonian guide."""
+
+import itertools
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ppl_vae._checks import check_number, check_positive, check_positive_int
+from ppl_vae.guides._moved_draws import MovedDraws, latent_dim_of, log_normal
+from ppl_vae.guides.model_based import ModelBasedGuide, gradient_of, log_joint
+from ppl_vae.infer.running import Program as AnyProgram
+
+
+class HamiltonianGuide(ModelBasedGuide):
+    r"""A guide whose draws take leapfrog steps on the model's log p(x, z): the Hamiltonian VAE.
+
+    From a guide's draw :math:`z_0` and a momentum :math:`\rho_0 \sim N(0, I / \beta_0)`, K leapfrog steps
+    give :math:`z_K, \rho_K`; after step k the momentum is multiplied by
+    :math:`\sqrt{\beta_{k-1} / \beta_k}`, where :math:`1 / \sqrt{\beta_k}` goes quadratically to 1. In place
+    of log q(z | x) stands
+
+    .. math:: \log q(z_0 \mid x) + \log N(\sqrt{\beta_0}\, \rho_0; 0, I) - \log N(\rho_K; 0, I),
+
+    so that the weights' mean is p(x): every bound made of them is one on log p(x). A draw costs K + 1
+    gradients of the model. The model is a reference, as in ``SemiAmortizedGuide``.
+
+    The guide scores its own draws alone; ``STL_ELBO``, ``DReG`` and estimators with a score function need
+    more, and raise.
+
+    References:
+        Hamiltonian Variational Auto-Encoder (Caterini et al., 2018), arXiv:1805.11328
+
+    Args:
+        guide: the guide to start from, whose ``posterior`` is reparameterised.
+        model: the model that both are trained with, of one latent site ``z``.
+        steps: K.
+        step_size: the start of the step size, which is trained, one for each dimension.
+        tempering: the start of :math:`\beta_0`, above 0 and below 1, which is trained; None for 1.
+
+    Attributes:
+        log_step_size: ``[latent]``.
+        log_tempering: :math:`\log(1 / \sqrt{\beta_0} - 1)`, ``[]``; None without tempering.
+
+    Raises:
+        TypeError: if ``guide`` has no ``posterior``, or an argument is no number.
+        ValueError: if ``steps`` or ``step_size`` is not above 0, or ``tempering`` not between 0 and 1.
+
+    Example:
+        >>> import torch
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model = LinearGaussian(2, 5)
+        >>> guide = HamiltonianGuide(MeanFieldGuide(MLP(5), 2), model, steps=3)
+        >>> guide(torch.zeros(4, 5)).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        guide: nn.Module,
+        model: AnyProgram,
+        *,
+        steps: int = 5,
+        step_size: float = 0.1,
+        tempering: float | None = None,
+    ) -> None:
+        super().__init__(guide, model)
+        self.steps = check_positive_int("steps", steps)
+        self.step_size = check_positive("step_size", step_size)
+        if tempering is not None and not 0 < check_number("tempering", tempering) < 1:
+            raise ValueError(f"tempering: expected a number between 0 and 1, or None, got {tempering!r}")
+        self.tempering = tempering
+        self.log_step_size = nn.Parameter(torch.full((latent_dim_of(guide),), math.log(step_size)))
+        start = None if tempering is None else torch.tensor(math.log(tempering**-0.5 - 1))
+        self.log_tempering = None if start is None else nn.Parameter(start)
+
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
+        """Return q(z | x), which scores its own last draws alone: batch shape ``[n]``, event ``[latent]``."""
+        start, batch = self.start(x, y)
+
+        def move(start: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+            return self._move(start, z, batch)
+
+        return MovedDraws(start, move)
+
+    def _move(self, start: Any, z: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        noise = torch.randn_like(z)
+        moved, momentum = self.leapfrog(z, noise, *batch)
+        return moved, start.log_prob(z) + log_normal(noise) - log_normal(momentum)
+
+    def leapfrog(self, z: Tensor, noise: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return position and momentum after all steps; the map's Jacobian determinant is 1.
+
+        Args:
+            z: where the steps start, ``[*particles, n, latent]``.
+            noise: :math:`\sqrt{\beta_0}\, \rho_0`, likewise.
+            *batch: what the model is called with.
+        """
+        scales: list[Any] = [1.0] * (self.steps + 1)  # 1 / sqrt(beta_k)
+        if self.log_tempering is not None:
+            rise = self.log_tempering.exp()
+            scales = [1 + rise * (1 - (k / self.steps) ** 2) for k in range(self.steps + 1)]
+
+        def log_density(z: Tensor) -> Tensor:
+            return log_joint(self.model, z, batch)
+
+        size, momentum = self.log_step_size.exp(), noise * scales[0]
+        force = gradient_of(log_density, z)
+        for before, after in itertools.pairwise(scales):
+            momentum = momentum + size / 2 * force
+            z = z + size * momentum
+            force = gradient_of(log_density, z)
+            momentum = (momentum + size / 2 * force) * (after / before)
+        return z, momentum
