@@ -231,7 +231,7 @@ def test_help_of_fit_is_for_reading(cli: Callable[[str], Result]) -> None:
     words = " ".join(result.out.split())
     assert words.index("--data NAME") < words.index("--epochs") < words.index("--guide NAME")
     assert words.index("--guide NAME") < words.index("--encoder MLP: --encoder.hidden int | Sequence[int]")
-    assert "MeanFieldGuide, or your own as file.py:Name (default: MeanFieldGuide)" in words
+    assert "MixtureGuide, or your own as file.py:Name (default: MeanFieldGuide)" in words
     assert "the guide's network: MLP, ConvEncoder, or your own" in words
     assert "the likelihood's network: MLP, ConvDecoder, or your own" in words
     for noise in (

@@ -3,7 +3,8 @@
 import copy
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ppl_vae.description import build, describe
 from ppl_vae.flows import AffineCoupling, InverseAutoregressive, Sylvester
 from ppl_vae.guides import (
+    AnnealedGuide,
     FlowGuide,
     FullRankGuide,
+    HamiltonianGuide,
     HypersphericalGuide,
+    LocalGuide,
     LowRankGuide,
     MeanFieldGuide,
     MixtureGuide,
+    SemiAmortizedGuide,
 )
 from ppl_vae.infer import log_weights
 from ppl_vae.likelihoods import Bernoulli, ContinuousBernoulli, Normal
-from ppl_vae.models import VAE, LinearGaussian
+from ppl_vae.models import VAE, IndexedModel, LinearGaussian
 from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
 from ppl_vae.priors import StandardNormal, UniformSphere
 
@@ -48,12 +53,20 @@ class Case:
         make: makes it, at random.
         event: event shape of the data.
         support: where the data lie: "bits", "unit" or "real".
+        indexed: whether programs take the data's numbers beside them.
+        noisy: whether a guide draws more than its site.
     """
 
     name: str
     make: Callable[[], nn.Module]
     event: tuple[int, ...] = IMAGE
     support: str = "bits"
+    indexed: bool = False
+    noisy: bool = False
+
+    def batch(self, n: int) -> tuple[Tensor, ...]:
+        """Return what programs are called with."""
+        return (self.data(n), torch.arange(n)) if self.indexed else (self.data(n),)
 
     def data(self, *batch: int) -> Tensor:
         shape = (*batch, *self.event)
@@ -69,6 +82,15 @@ def dense(out: Any = IMAGE) -> nn.Module:
 
 def convolution(normalization: str | None = None) -> nn.Module:
     return ConvDecoder(LATENT, IMAGE, 6, (4, 3), normalization=normalization)
+
+
+def own_model() -> nn.Module:
+    """Return the model of a guide that computes with it; in float64, since the guide leaves it as it is."""
+    return VAE(StandardNormal(LATENT), Bernoulli(dense())).double()
+
+
+def mean_field() -> MeanFieldGuide:
+    return MeanFieldGuide(MLP(IMAGE, hidden=(6, 5)), LATENT)
 
 
 PRIORS = (
@@ -102,6 +124,25 @@ GUIDES = (
     ),
     Case("FlowGuide-sylvester", lambda: FlowGuide(MLP(IMAGE, hidden=(6, 5)), Sylvester(LATENT, 4))),
     Case("MeanFieldGuide-convolution", lambda: MeanFieldGuide(ConvEncoder(IMAGE, 6, (3, 4)), LATENT)),
+    Case("LocalGuide", lambda: LocalGuide(6, LATENT), indexed=True),
+    Case("LocalGuide-like", lambda: LocalGuide(6, LATENT, like=mean_field()), indexed=True),
+    Case(
+        "SemiAmortizedGuide",
+        lambda: SemiAmortizedGuide(mean_field(), own_model(), steps=2),
+        noisy=True,
+    ),
+    Case(
+        "SemiAmortizedGuide-constant",
+        lambda: SemiAmortizedGuide(mean_field(), own_model(), steps=2, differentiable=False),
+        noisy=True,
+    ),
+    Case("HamiltonianGuide", lambda: HamiltonianGuide(mean_field(), own_model(), steps=2), noisy=True),
+    Case(
+        "HamiltonianGuide-tempered",
+        lambda: HamiltonianGuide(mean_field(), own_model(), steps=2, tempering=0.5),
+        noisy=True,
+    ),
+    Case("AnnealedGuide", lambda: AnnealedGuide(mean_field(), own_model(), steps=2), noisy=True),
 )
 MODELS = (
     *(
@@ -114,6 +155,7 @@ MODELS = (
         for case in LIKELIHOODS
     ),
     Case("LinearGaussian", lambda: LinearGaussian(LATENT, 3), (3,), "real"),
+    Case("IndexedModel", lambda: IndexedModel(LinearGaussian(LATENT, 3)), (3,), "real", indexed=True),
 )
 PIECES = (*PRIORS, *LIKELIHOODS, *GUIDES, *MODELS)
 
@@ -128,17 +170,30 @@ def double(case: Case) -> nn.Module:
     return case.make().double()
 
 
-def other_half(case: Case) -> nn.Module:
+def other_half(case: Case, piece: nn.Module) -> nn.Module:
     """Return a guide for a model, a model for a guide."""
     if case in MODELS:
-        return MeanFieldGuide(MLP(case.event, hidden=5), LATENT).double()
+        guide = LocalGuide(6, LATENT) if case.indexed else MeanFieldGuide(MLP(case.event, hidden=5), LATENT)
+        return guide.double()
+    if case.noisy:
+        return piece.model
     prior = UniformSphere if "Hyperspherical" in case.name else StandardNormal
-    return VAE(prior(LATENT), Bernoulli(dense())).double()
+    model = VAE(prior(LATENT), Bernoulli(dense())).double()
+    return IndexedModel(model) if case.indexed else model
 
 
 def pair_of(case: Case) -> tuple[nn.Module, nn.Module]:
-    pair = double(case), other_half(case)
+    piece = double(case)
+    pair = piece, other_half(case, piece)
     return pair if case in MODELS else pair[::-1]
+
+
+@contextmanager
+def draws(case: Case, noise: Tensor) -> Iterator[None]:
+    """Let runs share their noise, where a guide can be told it; else the random stream's start."""
+    with nullcontext() if case.noisy else Draws(z=noise):
+        torch.manual_seed(1)
+        yield
 
 
 # The list
@@ -218,13 +273,15 @@ def test_state_dict_round_trip_of_a_guide(case: Case) -> None:
 
 def check_state_round_trip(case: Case) -> None:
     one, other = double(case), double(case)
-    half, x = other_half(case), case.data(3)
+    half, batch = other_half(case, one), case.batch(3)
+    if case.noisy:
+        other.model = half
     noise = torch.randn(2, 3, LATENT).double()
 
     def weights(piece: nn.Module) -> Tensor:
         pair = (piece, half) if case in MODELS else (half, piece)
-        with Draws(z=noise):
-            return log_weights(*pair, x, num_particles=2)
+        with draws(case, noise):
+            return log_weights(*pair, *batch, num_particles=2)
 
     assert not torch.equal(weights(one), weights(other))
     other.load_state_dict(copy.deepcopy(one.state_dict()))
@@ -250,7 +307,7 @@ def test_float64_throughout(case: Case) -> None:
         distribution = piece(torch.zeros(3, LATENT).double())
         assert distribution.sample().dtype == distribution.log_prob(case.data(3)).dtype == torch.float64
     else:
-        assert log_weights(*pair_of(case), case.data(3)).dtype == torch.float64
+        assert log_weights(*pair_of(case), *case.batch(3)).dtype == torch.float64
 
 
 # Gradients
@@ -265,8 +322,9 @@ def test_gradients_reach_every_parameter(case: Case) -> None:
     elif case in LIKELIHOODS:
         piece(torch.randn(3, LATENT).double()).log_prob(case.data(3)).sum().backward()
     else:
-        pair = (piece, other_half(case)) if case in MODELS else (other_half(case), piece)
-        log_weights(*pair, case.data(3), num_particles=2).sum().backward()
+        half = other_half(case, piece)
+        pair = (piece, half) if case in MODELS else (half, piece)
+        log_weights(*pair, *case.batch(3), num_particles=2).sum().backward()
     for name, parameter in piece.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -309,10 +367,10 @@ def test_trap_7_likelihood_of_particles_is_their_loop(case: Case, n: int) -> Non
 
 @guides
 def test_guide_draws_for_each_particle_and_datum(case: Case) -> None:
-    guide, x = double(case), case.data(3)
-    assert guide(x).shape == (3, LATENT)
+    guide, batch = double(case), case.batch(3)
+    assert guide(*batch).shape == (3, LATENT)
     with pyro.plate("particles", 4, dim=-2):
-        trace = poutine.trace(guide).get_trace(x)
+        trace = poutine.trace(guide).get_trace(*batch)
     assert trace.nodes["z"]["value"].shape == (4, 3, LATENT)
     trace.compute_log_prob()
     assert trace.nodes["z"]["log_prob"].shape == (4, 3)
@@ -332,16 +390,16 @@ def test_model_draws_data_from_the_prior(case: Case) -> None:
 
 @models
 def test_trap_5_every_site_is_in_the_data_plate_alone(case: Case) -> None:
-    check_plates(double(case), case.data(3), {"z", "x"})
+    check_plates(double(case), case.batch(3), {"z", "x"})
 
 
 @guides
 def test_trap_5_every_site_of_a_guide_is_in_the_data_plate_alone(case: Case) -> None:
-    check_plates(double(case), case.data(3), {"z"})
+    check_plates(double(case), case.batch(3), {"z"})
 
 
-def check_plates(program: nn.Module, x: Tensor, sites: set[str]) -> None:
-    trace = poutine.trace(program).get_trace(x)
+def check_plates(program: nn.Module, batch: tuple[Tensor, ...], sites: set[str]) -> None:
+    trace = poutine.trace(program).get_trace(*batch)
     found = {name: trace.nodes[name] for name in (*trace.stochastic_nodes, *trace.observation_nodes)}
     found.pop("data", None)
     assert found.keys() == sites
@@ -354,15 +412,17 @@ def check_plates(program: nn.Module, x: Tensor, sites: set[str]) -> None:
 @pytest.mark.parametrize("case", [*GUIDES, *MODELS], ids=lambda case: case.name)
 @pytest.mark.parametrize("n", [1, 5])
 def test_batch_and_particles_are_their_loop(case: Case, n: int) -> None:
+    if case.noisy:
+        pytest.skip("its draws can't be told their noise: its own tests look at data apart")
     model, guide = pair_of(case)
-    x, noise = case.data(n), torch.randn(4, n, LATENT).double()
+    batch, noise = case.batch(n), torch.randn(4, n, LATENT).double()
     with Draws(z=noise):
-        weights = log_weights(model, guide, x, num_particles=4)
+        weights = log_weights(model, guide, *batch, num_particles=4)
     assert weights.shape == (4, n)
     for k in range(4):
         for i in range(n):
             with Draws(z=noise[k : k + 1, i : i + 1]):
-                alone = log_weights(model, guide, x[i : i + 1])
+                alone = log_weights(model, guide, *(tensor[i : i + 1] for tensor in batch))
             torch.testing.assert_close(weights[k : k + 1, i : i + 1], alone, **CLOSE)
 
 
@@ -372,7 +432,7 @@ def test_trap_1_a_second_instance_and_a_copy_share_no_name_in_pyros_store(case: 
     programs = [first, case.make().double(), copy.deepcopy(first)]
     names = []
     for program in programs:
-        trace = poutine.trace(program).get_trace(case.data(2))
+        trace = poutine.trace(program).get_trace(*case.batch(2))
         names += [name for name, site in trace.nodes.items() if site["type"] == "param"]
     assert len(names) == len(set(names)) == 3 * len(list(first.parameters()))
 
@@ -382,18 +442,20 @@ def test_traced_once_and_replayed_on_other_data(case: Case) -> None:
     # A value read in Python (`.item()`, `if tensor:`) would raise in the tracer or stay as it was.
     noise, z = torch.randn(2, 3, LATENT).double(), torch.randn(3, LATENT).double()
     piece = double(case)
-    half = other_half(case)
+    half = other_half(case, piece)
 
-    def run(x: Tensor) -> Tensor:
+    def run(*batch: Tensor) -> Tensor:
         if case in LIKELIHOODS:
-            return piece(z).log_prob(x)
-        with Draws(z=noise):
-            return log_weights(*((piece, half) if case in MODELS else (half, piece)), x, num_particles=2)
+            return piece(z).log_prob(batch[0])
+        with draws(case, noise):
+            return log_weights(*((piece, half) if case in MODELS else (half, piece)), *batch, num_particles=2)
 
     with pyro.validation_enabled(False):
-        graph = make_fx(run)(case.data(3))
-        x = case.data(3)
-        torch.testing.assert_close(graph(x), run(x), **CLOSE)
+        graph = make_fx(run)(*case.batch(3))
+        batch = case.batch(3)
+        torch.manual_seed(1)  # which a graph does not do
+        found = graph(*batch)
+        torch.testing.assert_close(found, run(*batch), **CLOSE)
 
 
 # Traps of the process
@@ -402,7 +464,7 @@ def test_traced_once_and_replayed_on_other_data(case: Case) -> None:
 def test_trap_10_validation_is_on_after_everything() -> None:
     # A wrong scale and grey pixels raise, with the library imported and its pieces used.
     for case in (*GUIDES, *MODELS):
-        log_weights(*pair_of(case), case.data(2))
+        log_weights(*pair_of(case), *case.batch(2))
     assert torch.distributions.Distribution._validate_args is True
     with pytest.raises(ValueError, match="scale"):
         dist.Normal(0.0, -1.0)

@@ -64,9 +64,15 @@ def known(piece: str) -> dict[str, Any]:
         for name in getattr(module, "__all__", dir(module)):
             made = getattr(module, name)
             if inspect.isclass(made) and issubclass(made, base) and made is not base and name[:3] != "Jit":
-                out_shape = inspect.signature(made).parameters.get("out_shape")
-                gives_features = out_shape is None or out_shape.default is None
-                if {"encoder": gives_features, "decoder": out_shape is not None}.get(piece, True):
+                taken = inspect.signature(made).parameters
+                out_shape = taken.get("out_shape")
+                fits = {
+                    "encoder": out_shape is None or out_shape.default is None,
+                    "decoder": out_shape is not None,
+                    "guide": "encoder" in taken,
+                    "model": "model" not in taken,
+                }
+                if fits.get(piece, True):
                     found[name] = made
     return found
 

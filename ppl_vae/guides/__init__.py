@@ -3,18 +3,26 @@
 if __name__ != "ppl_vae.guides":
     raise ImportError(f"import ppl_vae.guides instead: {__name__!r} is a link in the checkout, not a package")
 
+from ppl_vae.guides.annealed import AnnealedGuide as AnnealedGuide
 from ppl_vae.guides.flow import FlowGuide as FlowGuide
 from ppl_vae.guides.full_rank import FullRankGuide as FullRankGuide
+from ppl_vae.guides.hamiltonian import HamiltonianGuide as HamiltonianGuide
 from ppl_vae.guides.hyperspherical import HypersphericalGuide as HypersphericalGuide
+from ppl_vae.guides.local import LocalGuide as LocalGuide
 from ppl_vae.guides.low_rank import LowRankGuide as LowRankGuide
 from ppl_vae.guides.mean_field import MeanFieldGuide as MeanFieldGuide
 from ppl_vae.guides.mixture import MixtureGuide as MixtureGuide
+from ppl_vae.guides.semi_amortized import SemiAmortizedGuide as SemiAmortizedGuide
 
 __all__ = [
+    "AnnealedGuide",
     "FlowGuide",
     "FullRankGuide",
+    "HamiltonianGuide",
     "HypersphericalGuide",
+    "LocalGuide",
     "LowRankGuide",
     "MeanFieldGuide",
     "MixtureGuide",
+    "SemiAmortizedGuide",
 ]

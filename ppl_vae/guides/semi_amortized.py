@@ -22,9 +22,8 @@ class SemiAmortizedGuide(ModelBasedGuide):
     has to be found for each model. As its draws are, :math:`q(z \mid x)` is random; any bound holds with it.
     Steps are taken in evaluation too, where they cost S gradients of the model per pass.
 
-    The model is a reference, which ``state_dict`` leaves out. `load_run` of a folder builds a guide with a
-    model of its own; set ``run.guide.model = run.model`` then. A pair that runs with another model than the
-    guide's raises an error.
+    The model is a reference, which ``state_dict`` leaves out; `load_run` gives the loaded guide the loaded
+    model. A pair that runs with another model than the guide's raises an error.
 
     References:
         Semi-Amortized Variational Autoencoders (Kim et al., 2018), arXiv:1802.02550

@@ -20,6 +20,7 @@ from ppl_vae.infer.estimators import ScoreFunctionELBO as ScoreFunctionELBO
 from ppl_vae.infer.estimators import WakeSleep as WakeSleep
 from ppl_vae.infer.log_weights import log_weights as log_weights
 from ppl_vae.infer.objective import Objective as Objective
+from ppl_vae.infer.row_adam import RowAdam as RowAdam
 from ppl_vae.infer.schedules import CyclicalWarmup as CyclicalWarmup
 from ppl_vae.infer.schedules import LinearWarmup as LinearWarmup
 from ppl_vae.infer.svi import SVI as SVI
@@ -45,6 +46,7 @@ __all__ = [
     "Objective",
     "RelaxedELBO",
     "Renyi",
+    "RowAdam",
     "ScoreFunctionELBO",
     "WakeSleep",
     "log_weights",

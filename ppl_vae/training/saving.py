@@ -287,6 +287,9 @@ def load_run(
             program.to(device)
     if not all(isinstance(program, nn.Module) for program in pair):
         _fill_functions(*pair, config, tensors, folder / MODEL, device)
+    for part in pair[1].modules() if isinstance(pair[1], nn.Module) else ():
+        if isinstance(vars(part).get("model"), nn.Module):  # a reference, which was built apart
+            part.model = pair[0]  # type: ignore[assignment]
     epoch = state.get("epoch") if isinstance(state, dict) else None
     if type(epoch) is not int or epoch < 1:
         raise ValueError(f"{folder / MODEL}: expected the epoch in its header, got {state!r}")

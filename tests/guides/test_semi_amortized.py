@@ -283,6 +283,19 @@ def test_fit_saves_and_loads(tmp_path: Path) -> None:
     assert torch.equal(*results)
 
 
+def test_a_loaded_guide_refines_with_the_loaded_model(tmp_path: Path) -> None:
+    model, guide, x = pair(steps=2)
+    run = fit(model, guide, x, epochs=2, output=tmp_path / "run", progress=False)
+    loaded = load_run(tmp_path / "run")
+    assert isinstance(loaded.guide, SemiAmortizedGuide)
+    assert loaded.guide.model is loaded.model
+    results = []
+    for program in (run, loaded):
+        torch.manual_seed(1)
+        results.append(log_weights(program.model, program.guide, x, num_particles=3))
+    assert torch.equal(*results)
+
+
 def test_resumed_training_is_uninterrupted_training(tmp_path: Path) -> None:
     ends = []
     for folder, epochs in (("whole", (4,)), ("parts", (2, 4))):

@@ -346,7 +346,7 @@ def test_batch_arguments_are_those_that_the_program_takes() -> None:
     assert batch_arguments(lambda *batch: x, (x, y)) == (x, y)
     assert batch_arguments(lambda x, *, size=None: x, (x, y)) == (x,)
     assert batch_arguments(LinearGaussian(2, 3), (x, y)) == (x,)
-    assert batch_arguments(MeanFieldGuide(MLP(3), 2), (x, y)) == (x,)
+    assert batch_arguments(MeanFieldGuide(MLP(3), 2), (x, y)) == (x, y)
 
 
 def test_batch_arguments_lacks_labels() -> None:
