@@ -25,7 +25,7 @@ class HamiltonianGuide(ModelBasedGuide):
     .. math:: \log q(z_0 \mid x) + \log N(\sqrt{\beta_0}\, \rho_0; 0, I) - \log N(\rho_K; 0, I),
 
     so that the weights' mean is p(x): every bound made of them is one on log p(x). A draw costs K + 1
-    gradients of the model. The model is a reference, as in ``SemiAmortizedGuide``. Steps that are long for the
+    gradients of the model. The model is a reference, as in ``SemiAmortizedGuide``. Steps too long for the
     posterior's narrowest direction diverge: start with short ones.
 
     The guide scores its own draws alone; ``STL_ELBO``, ``DReG`` and estimators with a score function need
