@@ -30,7 +30,6 @@ from ppl_vae import flows
 from ppl_vae.guides import (
     FlowGuide,
     FullRankGuide,
-    HamiltonianGuide,
     LowRankGuide,
     MeanFieldGuide,
     MixtureGuide,
@@ -96,9 +95,6 @@ GUIDES: dict[str, Make] = {
     "SemiAmortizedGuide, mean-field": lambda model: SemiAmortizedGuide(
         of_encoder(MeanFieldGuide)(model), model
     ),
-    "HamiltonianGuide, mean-field": lambda model: HamiltonianGuide(
-        of_encoder(MeanFieldGuide)(model), model, step_size=0.05
-    ),  # with its default of 0.1 leapfrog steps diverge on these
 }
 SHOWN = ("MeanFieldGuide", "FullRankGuide", "MixtureGuide, 2 components", "FlowGuide, InverseAutoregressive")
 

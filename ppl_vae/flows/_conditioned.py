@@ -94,17 +94,18 @@ class AutoregressiveFlow(ConditionedFlow):
     """Layers z'_i = f(z_i; network(z_1 ... z_{i-1}, context)), every second one in the reverse order."""
 
     def _layer(self, reverse: bool) -> nn.Module:
-        order = torch.arange(self.latent_dim)
-        order = order.flip(0) if reverse else order
-        adjacency = order.unsqueeze(-1) > order
-        if self.context_dim:
-            adjacency = torch.cat([adjacency, adjacency.new_ones(self.latent_dim, self.context_dim)], -1)
-        if not adjacency.any():  # one dimension without context
+        if self.latent_dim == 1 and not self.context_dim:  # nothing to depend on
             start = torch.tensor(self.univariate.start)
             return Parameters(start + 0.01 * torch.randn_like(start), None)
-        return self._near_identity(
-            _zuko.MaskedMLP(adjacency.repeat_interleave(self.univariate.total, 0), **self._network)
-        )
+        with torch.device("cpu"):  # masks are made by looking at values, which the device "meta" has not
+            order = torch.arange(self.latent_dim)
+            order = order.flip(0) if reverse else order
+            adjacency = order.unsqueeze(-1) > order
+            if self.context_dim:
+                adjacency = torch.cat([adjacency, adjacency.new_ones(self.latent_dim, self.context_dim)], -1)
+            return self._near_identity(
+                _zuko.MaskedMLP(adjacency.repeat_interleave(self.univariate.total, 0), **self._network)
+            )
 
     def parts(self, context: Tensor | None) -> list[Any]:
         """Return the layers."""

@@ -57,7 +57,8 @@ class NeuralAutoregressive(AutoregressiveFlow):
     ) -> None:
         self.units = check_positive_int("units", units)
         slopes, weights = [math.log(math.e - 1)] * units, [0.0] * units  # after softplus and softmax
-        start = (*slopes, *torch.linspace(-0.5, 0.5, units).tolist(), *weights)
+        shifts = [i / max(units - 1, 1) - 0.5 for i in range(units)]
+        start = (*slopes, *shifts, *weights)
         univariate = Univariate(_Sigmoids, (units, units, units), start)
         super().__init__(latent_dim, context_dim, depth, hidden, activation, univariate)
 

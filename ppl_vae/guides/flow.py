@@ -1,13 +1,12 @@
 """The flow guide."""
 
-import math
-
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_choice, check_positive_int
-from ppl_vae.guides.amortized import LOG_SCALE, AmortizedGuide
+from ppl_vae.guides.amortized import AmortizedGuide
+from ppl_vae.guides.full_rank import full_rank
+from ppl_vae.guides.mean_field import mean_field
 
 
 class FlowGuide(AmortizedGuide):
@@ -61,19 +60,11 @@ class FlowGuide(AmortizedGuide):
         super().__init__(encoder, d, 2 * d + below + context, features)
         self.flow = flow
         self.base = base
-        self._sizes = (d, d, below, context)
+        self._sizes = (2 * d + below, context)
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
         """Return q(z | x): batch shape ``[n]``, event shape ``[latent]``, for ``x`` of ``[n, *event]``."""
-        loc, log_scale, below, context = self.encode(x, y).split(self._sizes, -1)
-        scale = log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()
-        base: dist.TorchDistribution
-        if self.base == "mean-field":
-            base = dist.Normal(loc, scale).to_event(1)
-        else:
-            rows, columns = torch.tril_indices(self.latent_dim, self.latent_dim, -1, device=loc.device)
-            factor = torch.diag_embed(torch.ones_like(scale))
-            factor[..., rows, columns] = below / math.sqrt(self.latent_dim)
-            base = dist.MultivariateNormal(loc, scale_tril=scale.unsqueeze(-1) * factor)
+        parameters, context = self.encode(x, y).split(self._sizes, -1)
+        base = mean_field(parameters) if self.base == "mean-field" else full_rank(parameters, self.latent_dim)
         transform = self.flow(context if self._sizes[-1] else None)
         return dist.TransformedDistribution(base, [transform])

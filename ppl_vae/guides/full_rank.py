@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
+from ppl_vae.distributions import FullRankNormal
 from ppl_vae.guides.amortized import LOG_SCALE, AmortizedGuide
 
 
@@ -46,10 +47,15 @@ class FullRankGuide(AmortizedGuide):
 
     def family(self, outputs: Tensor) -> dist.TorchDistribution:
         """Return the normal of these outputs: means, log scales and the entries of A row by row."""
-        d = self.latent_dim
-        loc, log_scale, below = outputs.split([d, d, outputs.shape[-1] - 2 * d], -1)
-        scale = log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()
-        rows, columns = torch.tril_indices(d, d, -1, device=outputs.device)
-        factor = torch.diag_embed(torch.ones_like(scale))
-        factor[..., rows, columns] = below / math.sqrt(d)
-        return dist.MultivariateNormal(loc, scale_tril=scale.unsqueeze(-1) * factor)
+        return full_rank(outputs, self.latent_dim)
+
+
+def full_rank(outputs: Tensor, latent_dim: int) -> dist.TorchDistribution:
+    """Return the normal of means, clamped log scales and the entries of A row by row."""
+    d = latent_dim
+    loc, log_scale, below = outputs.split([d, d, outputs.shape[-1] - 2 * d], -1)
+    scale = log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()
+    rows, columns = torch.tril_indices(d, d, -1, device=outputs.device)
+    factor = torch.diag_embed(torch.ones_like(scale))
+    factor[..., rows, columns] = below / math.sqrt(d)
+    return FullRankNormal(loc, scale_tril=scale.unsqueeze(-1) * factor)

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -12,7 +13,7 @@ from densities import gradients_reach_every_parameter, integral, log_prob_by_jac
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from ppl_vae import flows
+from ppl_vae import fit, flows, load_run
 from ppl_vae.flows import (
     AffineCoupling,
     Continuous,
@@ -273,3 +274,17 @@ def test_near_the_mean_field_guide_at_the_start() -> None:
 def test_wrong_arguments(make: Callable[[], FlowGuide], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", flows.__all__)
+def test_a_saved_run_is_loaded(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VAE(StandardNormal(2), Bernoulli(MLP(2, 4)))
+    guide = FlowGuide(MLP(4, hidden=3), getattr(flows, name)(2, 3))
+    x = torch.rand(6, 4).round()
+    fit(model, guide, x, epochs=1, progress=False, output=tmp_path / "run")
+    loaded = load_run(tmp_path / "run").guide
+    torch.manual_seed(1)
+    z = guide.posterior(x).sample()
+    torch.manual_seed(1)
+    torch.testing.assert_close(loaded.posterior(x).sample(), z)

@@ -146,7 +146,9 @@ def test_particles_and_plates() -> None:
     assert log_weights(IndexedModel(model), guide, x, index, num_particles=3).shape == (3, N)
 
 
-@pytest.mark.parametrize("elbo", [Trace_ELBO(), KL_ELBO(), IWAE(3), STL_ELBO(), DReG(3)], ids=lambda elbo: type(elbo).__name__)
+@pytest.mark.parametrize(
+    "elbo", [Trace_ELBO(), KL_ELBO(), IWAE(3), STL_ELBO(), DReG(3)], ids=lambda elbo: type(elbo).__name__
+)
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients_reach_the_rows_of_the_batch_alone(elbo: Any, sparse: bool) -> None:
     model, guide, x = pair(sparse=sparse)

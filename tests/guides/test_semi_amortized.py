@@ -31,7 +31,9 @@ from ppl_vae.training import fit, fit_many, load_run
 def pair(**options: Any) -> tuple[LinearGaussian, SemiAmortizedGuide, Tensor]:
     torch.manual_seed(0)
     model = LinearGaussian(2, 4).double()
-    guide = SemiAmortizedGuide(MeanFieldGuide(MLP(4, hidden=5), 2), model, **options).double()
+    guide = SemiAmortizedGuide(
+        MeanFieldGuide(MLP(4, hidden=5), 2), model, **{"differentiable": True, **options}
+    ).double()
     return model, guide, model(None, size=6).detach()
 
 
