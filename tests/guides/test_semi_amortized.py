@@ -276,7 +276,9 @@ def test_fit_saves_and_loads(tmp_path: Path) -> None:
     run = fit(model, guide, x, epochs=2, output=tmp_path / "run", progress=False)
     assert "model" not in {part for key in run.guide.state_dict() for part in key.split(".")}
     other = LinearGaussian(2, 4).double()
-    empty = SemiAmortizedGuide(MeanFieldGuide(MLP(4, hidden=5), 2).double(), other, steps=2)
+    empty = SemiAmortizedGuide(
+        MeanFieldGuide(MLP(4, hidden=5), 2).double(), other, steps=2, differentiable=True
+    )
     loaded = load_run(tmp_path / "run", model=other, guide=empty)
     results = []
     for program in (run, loaded):
