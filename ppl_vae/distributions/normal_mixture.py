@@ -51,27 +51,29 @@ class NormalMixture(dist.MixtureSameFamily):
         if not torch.is_grad_enabled():
             return z
         with torch.no_grad():
-            deviations, responsibilities, field = self._fields(z)
+            deviations = (z.unsqueeze(-2) - loc) / scale
+            log_density = -0.5 * deviations.square() - scale.log() - 0.5 * math.log(2 * math.pi)
+            responsibilities = (logits + log_density.sum(-1)).softmax(-1)
         moved = (responsibilities.unsqueeze(-1) * (loc + scale * deviations)).sum(-2)
-        moved = moved + (field @ logits.unsqueeze(-1)).squeeze(-1)
+        if logits.requires_grad:
+            field = self._field_of_logits(deviations, log_density)
+            moved = moved + (field @ logits.unsqueeze(-1)).squeeze(-1)
         return z + (moved - moved.detach())
 
-    def _fields(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (z - loc) / scale ``[*, components, latent]``, r ``[*, components]``, and dz / dlogits.
+    @torch.no_grad()
+    def _field_of_logits(self, deviations: Tensor, log_density: Tensor) -> Tensor:
+        """Return dz / dlogits, ``[*, latent, components]``.
 
-        The latter is ``[*, latent, components]``.
+        Args:
+            deviations: (z - loc) / scale, ``[*, components, latent]``.
+            log_density: of each component and coordinate, likewise.
         """
-        normals, logits = self.component_distribution.base_dist, self.mixture_distribution.logits
-        deviations = (z.unsqueeze(-2) - normals.loc) / normals.scale
-        log_density = -0.5 * deviations.square() - normals.scale.log() - 0.5 * math.log(2 * math.pi)
-        before = logits.unsqueeze(-1) + log_density.cumsum(-1) - log_density
+        before = self.mixture_distribution.logits.unsqueeze(-1) + log_density.cumsum(-1) - log_density
         weights = before.softmax(-2)  # of the components, given the coordinates before
-        responsibilities = (before[..., -1] + log_density[..., -1]).softmax(-1)
         # F_i = sum_c weights_ci cdf_ci is constant: with dlog w_ci = dlogit_c + sum over l < i of
         # (dlog q_cl / dz_l) dz_l up to normalisation, this is a triangular system in dz
         density = (weights * log_density.exp()).sum(-2, keepdim=True)
         cdf = 0.5 * torch.erf(deviations / math.sqrt(2))  # less 1/2, which cancels
         excess = weights * (cdf - (weights * cdf).sum(-2, keepdim=True)) / density
-        slopes = -deviations / normals.scale
-        field = torch.linalg.solve_triangular(excess.mT @ slopes, -excess.mT, upper=False, unitriangular=True)
-        return deviations, responsibilities, field
+        slopes = -deviations / self.component_distribution.base_dist.scale
+        return torch.linalg.solve_triangular(excess.mT @ slopes, -excess.mT, upper=False, unitriangular=True)

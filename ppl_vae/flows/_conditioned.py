@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppl_vae._checks import check_choice, check_sizes
+from ppl_vae._checks import check_choice, check_positive, check_positive_int, check_sizes
 from ppl_vae.flows import _zuko
 from ppl_vae.flows._transform import Part
 from ppl_vae.flows.flow import Flow, Parameters
@@ -43,6 +43,9 @@ AFFINE = Univariate(_zuko.MonotonicAffineTransform, (None, None))
 
 def spline(bins: int, bound: float) -> Univariate:
     """Return rational-quadratic splines on [-bound, bound], the identity outside."""
+    if check_positive_int("bins", bins) < 2:
+        raise ValueError(f"bins: expected at least 2, got {bins}")
+    check_positive("bound", bound)
     return Univariate(partial(_zuko.MonotonicRQSTransform, bound=bound), (bins, bins, bins - 1))
 
 

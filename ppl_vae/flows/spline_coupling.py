@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from ppl_vae._checks import check_positive, check_positive_int
 from ppl_vae.flows._conditioned import CouplingFlow, spline
 
 
@@ -48,9 +47,7 @@ class SplineCoupling(CouplingFlow):
         bins: int = 8,
         bound: float = 5.0,
     ) -> None:
-        self.bins = check_positive_int("bins", bins)
-        if bins < 2:
-            raise ValueError(f"bins: expected at least 2, got {bins}")
-        self.bound = check_positive("bound", bound)
-        univariate = spline(bins, self.bound)
+        univariate = spline(bins, bound)
+        self.bins = int(bins)
+        self.bound = float(bound)
         super().__init__(latent_dim, context_dim, depth, hidden, activation, univariate)

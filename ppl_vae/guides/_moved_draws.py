@@ -1,19 +1,53 @@
-"""Draws of a guide that are moved along the model's gradient."""
+"""Guides whose draws are moved along the model's gradient."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ppl_vae._checks import check_positive, check_positive_int
 from ppl_vae.guides.model_based import ModelBasedGuide
+from ppl_vae.infer.running import Program as AnyProgram
 
 Move = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 
-class MovedDraws(dist.TorchDistribution):
+class MovingGuide(ModelBasedGuide):
+    """A guide that moves the draws of the guide that it starts from; a subclass says where in ``_move``.
+
+    Args:
+        guide: the guide to start from, whose ``posterior`` is reparameterised.
+        model: the model that both are trained with, of one latent site ``z``.
+        steps: the number of steps.
+        step_size: the start of the step size, which is trained, one for each dimension.
+
+    Raises:
+        TypeError: if ``guide`` has no ``posterior``, or an argument is no number.
+        ValueError: if ``steps`` or ``step_size`` is not above 0.
+    """
+
+    def __init__(self, guide: nn.Module, model: AnyProgram, steps: int, step_size: float) -> None:
+        super().__init__(guide, model)
+        self.steps = check_positive_int("steps", steps)
+        self.step_size = check_positive("step_size", step_size)
+        self.log_step_size = nn.Parameter(torch.full((_latent_dim_of(guide),), math.log(step_size)))
+
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
+        """Return q(z | x), which scores its own last draws alone: batch shape ``[n]``, event ``[latent]``."""
+        start, batch = self.start(x, y)
+        return _MovedDraws(start, partial(self._move, batch))
+
+    def _move(self, batch: tuple[Tensor, ...], start: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where draws of ``start`` go, and what they score, ``[*particles, n]``."""
+        raise NotImplementedError
+
+
+class _MovedDraws(dist.TorchDistribution):
     """Draws of a distribution, moved: each with the logarithm of what stands in place of its density.
 
     Args:
@@ -32,9 +66,9 @@ class MovedDraws(dist.TorchDistribution):
         self.move = move
         self._drawn: tuple[Tensor, Tensor] | None = None
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "MovedDraws":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_MovedDraws":
         """Return the distribution of independent draws for each of a larger batch."""
-        return MovedDraws(self.start.expand(batch_shape), self.move)
+        return _MovedDraws(self.start.expand(batch_shape), self.move)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Return draws, ``[*sample_shape, *batch, *event]``, which can be scored until the next ones."""
@@ -57,10 +91,10 @@ def log_normal(value: Tensor) -> Tensor:
     return -0.5 * (value.square() + math.log(2 * math.pi)).sum(-1)
 
 
-def latent_dim_of(guide: nn.Module) -> int:
+def _latent_dim_of(guide: nn.Module) -> int:
     size = getattr(guide, "latent_dim", None)
     if size is None:
-        size = latent_dim_of(guide.guide) if isinstance(guide, ModelBasedGuide) else None
+        size = _latent_dim_of(guide.guide) if isinstance(guide, ModelBasedGuide) else None
     if size is None:
         raise TypeError(f"guide: expected one with a `latent_dim`, got {type(guide).__name__}")
     return int(size)

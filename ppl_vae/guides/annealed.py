@@ -3,17 +3,16 @@
 import math
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_vae._checks import check_number, check_positive, check_positive_int
-from ppl_vae.guides._moved_draws import MovedDraws, latent_dim_of, log_normal
-from ppl_vae.guides.model_based import ModelBasedGuide, gradient_of, log_joint
+from ppl_vae._checks import check_number
+from ppl_vae.guides._moved_draws import MovingGuide, log_normal
+from ppl_vae.guides.model_based import gradient_of, log_joint
 from ppl_vae.infer.running import Program as AnyProgram
 
 
-class AnnealedGuide(ModelBasedGuide):
+class AnnealedGuide(MovingGuide):
     r"""A guide whose draws are annealed from its start to the model's posterior.
 
     This is differentiable annealed importance sampling. From a guide's draw, K steps follow
@@ -68,25 +67,13 @@ class AnnealedGuide(ModelBasedGuide):
         step_size: float = 0.1,
         persistence: float = 0.9,
     ) -> None:
-        super().__init__(guide, model)
-        self.steps = check_positive_int("steps", steps)
-        self.step_size = check_positive("step_size", step_size)
+        super().__init__(guide, model, steps, step_size)
         if not 0 <= check_number("persistence", persistence) <= 1:
             raise ValueError(f"persistence: expected a number from 0 to 1, got {persistence!r}")
         self.persistence = float(persistence)
-        self.log_step_size = nn.Parameter(torch.full((latent_dim_of(guide),), math.log(step_size)))
         self.log_increments = nn.Parameter(torch.zeros(self.steps))
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
-        """Return q(z | x), which scores its own last draws alone: batch shape ``[n]``, event ``[latent]``."""
-        start, batch = self.start(x, y)
-
-        def move(start: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-            return self._move(start, z, batch)
-
-        return MovedDraws(start, move)
-
-    def _move(self, start: Any, z: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _move(self, batch: tuple[Tensor, ...], start: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         log_q, size = start.log_prob(z), self.log_step_size.exp()
         # the last one is 1, whatever rounding does to the sum
         betas = [*self.log_increments.softmax(0).cumsum(0)[:-1].unbind(), 1.0]

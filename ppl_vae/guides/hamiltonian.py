@@ -4,17 +4,16 @@ import itertools
 import math
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_vae._checks import check_number, check_positive, check_positive_int
-from ppl_vae.guides._moved_draws import MovedDraws, latent_dim_of, log_normal
-from ppl_vae.guides.model_based import ModelBasedGuide, gradient_of, log_joint
+from ppl_vae._checks import check_number
+from ppl_vae.guides._moved_draws import MovingGuide, log_normal
+from ppl_vae.guides.model_based import gradient_of, log_joint
 from ppl_vae.infer.running import Program as AnyProgram
 
 
-class HamiltonianGuide(ModelBasedGuide):
+class HamiltonianGuide(MovingGuide):
     r"""A guide whose draws take leapfrog steps on the model's log p(x, z): the Hamiltonian VAE.
 
     From a guide's draw :math:`z_0` and a momentum :math:`\rho_0 \sim N(0, I / \beta_0)`, K leapfrog steps
@@ -69,26 +68,14 @@ class HamiltonianGuide(ModelBasedGuide):
         step_size: float = 0.1,
         tempering: float | None = None,
     ) -> None:
-        super().__init__(guide, model)
-        self.steps = check_positive_int("steps", steps)
-        self.step_size = check_positive("step_size", step_size)
+        super().__init__(guide, model, steps, step_size)
         if tempering is not None and not 0 < check_number("tempering", tempering) < 1:
             raise ValueError(f"tempering: expected a number between 0 and 1, or None, got {tempering!r}")
         self.tempering = tempering
-        self.log_step_size = nn.Parameter(torch.full((latent_dim_of(guide),), math.log(step_size)))
         start = None if tempering is None else torch.tensor(math.log(tempering**-0.5 - 1))
         self.log_tempering = None if start is None else nn.Parameter(start)
 
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
-        """Return q(z | x), which scores its own last draws alone: batch shape ``[n]``, event ``[latent]``."""
-        start, batch = self.start(x, y)
-
-        def move(start: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-            return self._move(start, z, batch)
-
-        return MovedDraws(start, move)
-
-    def _move(self, start: Any, z: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _move(self, batch: tuple[Tensor, ...], start: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         noise = torch.randn_like(z)
         moved, momentum = self.leapfrog(z, noise, *batch)
         return moved, start.log_prob(z) + log_normal(noise) - log_normal(momentum)

@@ -1,6 +1,5 @@
 """Stochastic variational inference whose steps are traced once and compiled."""
 
-import copy
 import functools
 import time
 import warnings
@@ -88,9 +87,8 @@ class CompiledSVI(SVI):
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = copy.copy(self.__dict__)
         names = ("_graphs", "_states", "_held", "_written", "_replays", "_state")
-        return {name: value for name, value in fresh.items() if name not in names}
+        return {name: value for name, value in self.__dict__.items() if name not in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()

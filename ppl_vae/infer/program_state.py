@@ -23,11 +23,14 @@ class ProgramState:
     def __init__(self, owners: list[Any]) -> None:
         self.owners = owners
         self.dicts: list[dict[Any, Any]] = []
+        self.holders: list[Any] = []  # of each of the dictionaries
         for owner in owners:
-            self.dicts.append(vars(owner))
+            held: list[Any] = [vars(owner)]
             if isinstance(owner, nn.Module):
-                hooks: list[Any] = [owner._forward_hooks, owner._forward_pre_hooks]
-                self.dicts += [owner._parameters, owner._buffers, owner._modules, *hooks]
+                held += [owner._parameters, owner._buffers, owner._modules]
+                held += [owner._forward_hooks, owner._forward_pre_hooks]
+            self.dicts += held
+            self.holders += [owner] * len(held)
         self.before = [dict(held) for held in self.dicts]
         self.values = list(self._values())
         self.tensors = [value for value in self.values if isinstance(value, Tensor)]
@@ -90,7 +93,7 @@ class ProgramState:
                 was replaced rather than changed in place, or a tensor that it has read (``held``).
         """
         found = set()
-        for owner, attributes, before in self._of_owners():
+        for owner, attributes, before in zip(self.holders, self.dicts, self.before, strict=True):
             for name in {**before, **attributes}:
                 old, new = before.get(name), attributes.get(name)
                 if old is new or (not isinstance(owner, nn.Module) and name in _RESULTS):
@@ -105,13 +108,6 @@ class ProgramState:
                     )
                 found.add((id(owner), name))
         return found
-
-    def _of_owners(self) -> Iterator[tuple[Any, dict[Any, Any], dict[Any, Any]]]:
-        i = 0
-        for owner in self.owners:
-            for _ in range(6 if isinstance(owner, nn.Module) else 1):
-                yield owner, self.dicts[i], self.before[i]
-                i += 1
 
     @contextlib.contextmanager
     def undone(self, devices: Collection[int]) -> Iterator[None]:

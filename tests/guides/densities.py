@@ -1,14 +1,16 @@
-"""Checks that every guide's posterior passes: it is a density, and its draws are draws of it."""
+"""What tests of guides share: checks of a posterior's density and draws, an exact model, estimators."""
 
 from collections.abc import Callable
 from typing import Any
 
+import pyro.distributions as dist
 import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from ppl_vae.infer import SVI, CompiledSVI
+from ppl_vae.infer import IWAE, KL_ELBO, STL_ELBO, SVI, CompiledSVI, DReG
 from ppl_vae.likelihoods import Bernoulli
-from ppl_vae.models import VAE
+from ppl_vae.models import VAE, LinearGaussian
 from ppl_vae.networks import MLP
 from ppl_vae.priors import StandardNormal
 
@@ -66,3 +68,43 @@ def steps_compiled_and_plain(make: Callable[[], nn.Module], elbo: Callable[[], A
         losses = [svi.step(x if i < 4 else x[:4]) for i in range(6)]
         found.append([*losses, *model.state_dict().values(), *guide.state_dict().values()])
     return found
+
+
+ELBOS = {
+    "DReG": lambda: DReG(3),
+    "IWAE": lambda: IWAE(3),
+    "KL_ELBO": KL_ELBO,
+    "STL_ELBO": STL_ELBO,
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "Trace_ELBO": Trace_ELBO,
+}
+
+
+def data(n: int = 3) -> Tensor:
+    return torch.randn(n, 4, dtype=torch.float64)
+
+
+def correlated_model() -> LinearGaussian:
+    """Return a model whose posterior has correlation -0.86."""
+    model = LinearGaussian(2, 5, scale=0.7).double()
+    weight = torch.tensor([[1.2, 0.9], [0.8, 1.1], [1.0, 1.0], [-0.7, -0.4], [0.3, 0.5]])
+    model.weight.data.copy_(weight)
+    return model.requires_grad_(False)
+
+
+def train(model: nn.Module, guide: nn.Module, x: Tensor, steps: int = 500) -> None:
+    """Take steps at a rate that goes to zero; the sticking landing has no noise at the exact posterior."""
+    optim = torch.optim.Adam(guide.parameters(), lr=0.03)
+    svi = SVI(model, guide, optim, STL_ELBO())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, steps)
+    for _ in range(steps):
+        svi.step(x)
+        schedule.step()
+
+
+def gap(model: LinearGaussian, guide: nn.Module, x: Tensor) -> Tensor:
+    """Return the mean KL(q || exact posterior), in closed form."""
+    q, p = guide.posterior(x), model.posterior(x)
+    if isinstance(q, dist.Independent):  # of dimensions
+        q = dist.MultivariateNormal(q.mean, q.variance.diag_embed())
+    return torch.distributions.kl_divergence(q, p).mean()

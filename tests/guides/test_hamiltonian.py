@@ -15,7 +15,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from ppl_vae.guides import MeanFieldGuide
-from ppl_vae.guides._moved_draws import MovedDraws
+from ppl_vae.guides._moved_draws import _MovedDraws
 from ppl_vae.guides.annealed import AnnealedGuide
 from ppl_vae.guides.hamiltonian import HamiltonianGuide
 from ppl_vae.guides.local import LocalGuide
@@ -303,7 +303,7 @@ def test_annealing_needs_a_start_that_scores_any_draw() -> None:
 
 
 def test_scores_its_last_draws_alone() -> None:
-    moved = MovedDraws(
+    moved = _MovedDraws(
         dist.Normal(torch.zeros(3, 2), 1.0).to_event(1), lambda start, z: (2 * z, start.log_prob(z))
     )
     z = moved.rsample((4,))

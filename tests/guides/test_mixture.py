@@ -8,29 +8,27 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from densities import gradients_reach_every_parameter, integral, moments_agree, steps_compiled_and_plain
+from densities import (
+    ELBOS,
+    data,
+    gradients_reach_every_parameter,
+    integral,
+    moments_agree,
+    steps_compiled_and_plain,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_vae.distributions import NormalMixture
 from ppl_vae.guides.full_rank import FullRankGuide
 from ppl_vae.guides.mixture import MixtureGuide
-from ppl_vae.infer import IWAE, KL_ELBO, STL_ELBO, SVI, DReG, log_weights, tracing
+from ppl_vae.infer import STL_ELBO, SVI, log_weights, tracing
 from ppl_vae.models import LinearGaussian
 from ppl_vae.networks import MLP
 
-ELBOS = {
-    "DReG": lambda: DReG(3),
-    "IWAE": lambda: IWAE(3),
-    "KL_ELBO": KL_ELBO,
-    "STL_ELBO": STL_ELBO,
-    "TraceMeanField_ELBO": TraceMeanField_ELBO,
-    "Trace_ELBO": Trace_ELBO,
-}
 LOC = torch.tensor([[-1.0, 0.5], [1.2, -0.4], [0.3, 1.0]], dtype=torch.float64)
 SCALE = torch.tensor([[0.5, 0.8], [0.9, 0.6], [0.7, 1.3]], dtype=torch.float64)
 LOGITS = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
@@ -38,10 +36,6 @@ LOGITS = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
 
 def make(latent: int = 2, components: int = 3, **options: Any) -> MixtureGuide:
     return MixtureGuide(MLP(4, hidden=5), latent, components, **{"weights": "network", **options}).double()
-
-
-def data(n: int = 3) -> Tensor:
-    return torch.randn(n, 4, dtype=torch.float64)
 
 
 def mixture(loc: Tensor, scale: Tensor, logits: Tensor) -> NormalMixture:
