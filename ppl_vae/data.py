@@ -16,9 +16,18 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
-from ppl_vae._checks import check_choice, check_positive_int, did_you_mean
+from ppl_vae._checks import check_choice, check_positive_int, check_seed, did_you_mean
 
-__all__ = ["Dataset", "Split", "as_split", "batches", "check_data", "load_dataset", "num_batches"]
+__all__ = [
+    "Dataset",
+    "Split",
+    "as_split",
+    "batches",
+    "check_data",
+    "load_dataset",
+    "num_batches",
+    "semi_supervised",
+]
 
 BINARIZATION_SEED = 777  # the seed of the VampPrior experiments
 SPLIT_SEED = 0
@@ -148,15 +157,18 @@ def load_dataset(
 
 
 def check_data(data: Split | Tensor, name: str) -> None:
-    """Raise unless ``x`` is floating-point, finite and not empty, and ``y``, if any, an integer ``[n]``.
+    """Raise unless ``x`` is floating-point, finite and not empty, and ``y``, if any, fits it.
+
+    What fits is one integer label per datum, ``[n]``, or another tensor to be conditioned on: finite and
+    floating-point, ``[n, *shape]`` of two dimensions or more.
 
     Args:
         data: the split, or ``x`` alone.
         name: what the messages call it.
 
     Raises:
-        TypeError: ``x`` is not floating-point, or ``y`` is not integer.
-        ValueError: no data, NaN or infinite values, or a ``y`` that is not one label per datum.
+        TypeError: ``x`` is not floating-point, or ``y`` are labels that are not integer.
+        ValueError: no data, NaN or infinite values, or a ``y`` that is not of one row per datum.
     """
     x, y = (data.x, data.y) if isinstance(data, Split) else (data, None)
     if not x.is_floating_point():
@@ -168,6 +180,12 @@ def check_data(data: Split | Tensor, name: str) -> None:
         count, row = int(bad.sum()), int(bad.any(-1).nonzero()[0])
         raise ValueError(f"{name}: expected finite x, got {count} NaN or infinite values, first in row {row}")
     if y is None:
+        return
+    if y.is_floating_point() and y.dim() > 1:
+        if len(y) != len(x):
+            raise ValueError(f"{name}: expected one row of y per datum, {len(x)}, got {len(y)}")
+        if not torch.isfinite(y).all():
+            raise ValueError(f"{name}: expected finite y, got NaN or infinite values")
         return
     if not _is_integer(y):
         raise TypeError(f"{name}: expected integer labels y, got {y.dtype}")
@@ -239,8 +257,7 @@ def batches(
     if isinstance(data, Split):
         data, batch_size = data.to(device), check_positive_int("batch_size", batch_size)
         order = (torch.randperm if shuffle else torch.arange)(len(data), device=device)
-        for start in range(0, len(data), batch_size):
-            yield data.batch(order[start : start + batch_size])
+        yield from map(data.batch, order.split(batch_size))
         return
     for item in data:
         batch = tuple(item) if isinstance(item, (tuple, list)) else (item,)
@@ -248,6 +265,54 @@ def batches(
             got = ", ".join(type(part).__name__ for part in batch)
             raise TypeError(f"batch: expected a tensor or a tuple of tensors, got {got}")
         yield tuple(part.to(device, non_blocking=True) for part in batch)
+
+
+def semi_supervised(split: Split, labels: int = 100, *, seed: int = 0, repeat: int = 1) -> Split:
+    """Return a split that keeps some labels, as many of each class, and has -1 for the others.
+
+    Args:
+        split: data with labels ``[n]``; what is labelled -1 already stays so.
+        labels: how many labels to keep; if they don't divide by the number of classes, some classes keep one
+            more.
+        seed: of the choice.
+        repeat: how often data with a label are in the new split. They come after all others, ``repeat - 1``
+            times: batches of a shuffled split then hold more of them.
+
+    Raises:
+        ValueError: the split has no labels, or not enough of a class.
+
+    Example:
+        >>> digits = load_dataset("digits").train
+        >>> part = semi_supervised(digits, labels=50)
+        >>> part.y[part.y >= 0].bincount()
+        tensor([5, 5, 5, 5, 5, 5, 5, 5, 5, 5])
+    """
+    labels = check_positive_int("labels", labels)
+    repeat = check_positive_int("repeat", repeat)
+    seed = check_seed(seed)
+    if split.y is None:
+        raise ValueError("split: expected data with labels, got y=None")
+    y = split.y.cpu().numpy()
+    generator = np.random.RandomState(seed)
+    classes = generator.permutation(np.unique(y[y >= 0]))
+    kept = []
+    for i, label in enumerate(classes):
+        wanted = labels // len(classes) + (i < labels % len(classes))
+        rows = np.flatnonzero(y == label)
+        if len(rows) < wanted:
+            raise ValueError(f"labels: expected at most {len(rows)} of class {label}, got {wanted}")
+        kept.append(generator.choice(rows, wanted, replace=False))
+    if not kept:
+        raise ValueError("split: expected data with labels, got -1 for all")
+    index = torch.from_numpy(np.sort(np.concatenate(kept))).to(split.y.device)
+    some = torch.full_like(split.y, -1)
+    some[index] = split.y[index]
+    x = split.x
+    if repeat > 1:
+        again = index.repeat(repeat - 1)
+        x, some = torch.cat([x, x[again]]), torch.cat([some, some[again]])
+    source = None if split.source is None else {**split.source, "labels": f"{labels}, seed {seed}"}
+    return replace(split, x=x, y=some, source=source)
 
 
 def num_batches(data: Split | Iterable[Any], batch_size: int) -> int | None:

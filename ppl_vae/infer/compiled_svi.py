@@ -12,6 +12,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ppl_vae.data import Split
 from ppl_vae.infer.cuda_graphs import Replay, is_capturable, prepare, tensors_of
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.precision import network_precision
@@ -82,12 +83,13 @@ class CompiledSVI(SVI):
         self._held: dict[int, Tensor] = {}  # the tensors of all graphs
         self._written: set[tuple[int, str]] = set()  # attributes that runs leave behind
         self._replays: dict[Any, Replay] = {}
+        self._examples: dict[Hashable, tuple[Split, tuple[Tensor, ...]]] = {}  # batches, for their shapes
         self._compiled = 0
         self._failure: str | None = None
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("_graphs", "_states", "_held", "_written", "_replays", "_state")
+        names = ("_graphs", "_states", "_held", "_written", "_replays", "_examples", "_state")
         return {name: value for name, value in self.__dict__.items() if name not in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -105,15 +107,41 @@ class CompiledSVI(SVI):
         On CUDA the whole step, with the optimiser's, is one CUDA graph, if the optimiser allows it
         (``capturable``); the first steps on a new shape are taken without.
         """
+        take = functools.partial(self._take_step, parts=parts)
+        return self._replayed(take, batch, batch, "loss and parts" if parts else "loss")
+
+    def step_of(self, data: Split, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take one gradient step on the rows ``index`` ``[n]`` of data, as in ``SVI``.
+
+        On CUDA the rows are gathered in the graph of the step.
+        """
+        take = functools.partial(super().step_of, data)
+        if not _on_cuda(index):
+            return take(index)
+        like = id(data), len(index)
+        if like not in self._examples:
+            with torch.random.fork_rng(devices=_devices((index,))):  # a dynamic split draws
+                self._examples[like] = data, self._rows(data, index)
+        return self._replayed(take, (index,), self._examples[like][1], "loss and parts", id(data))
+
+    def _replayed(
+        self,
+        take: Callable[..., tuple[Tensor, Any]],
+        inputs: tuple[Tensor, ...],
+        batch: tuple[Tensor, ...],
+        result: Result,
+        source: Hashable = None,
+    ) -> tuple[Tensor, Any]:
+        """Return ``take(*inputs)``, a step on such a batch, on CUDA replayed as one graph."""
         self.setup(*batch)
-        take, optim = functools.partial(super().step_with_parts, parts=parts), self.optim
-        whole = batch[0].is_cuda and isinstance(optim, Optimizer) and is_capturable(optim)
-        if not whole or (graph := self._graph(batch, "loss and parts" if parts else "loss")) is None:
-            return take(*batch)
-        key = graph, self.clip_norm, *tensors_of(optim)
+        optim = self.optim
+        whole = _on_cuda(inputs[0]) and isinstance(optim, Optimizer) and is_capturable(optim)
+        if not whole or (graph := self._graph(batch, result)) is None:
+            return take(*inputs)
+        key = source, graph, self.clip_norm, *tensors_of(optim)
         if key not in self._replays:
             self._replays[key] = Replay(take)
-        return self._replays[key](*batch)
+        return self._replays[key](*inputs)
 
     def loss_and_grads(self, *batch: Tensor, parts: bool = False) -> tuple[Tensor, Parts]:
         """Set the parameters' gradients; return the loss and, if asked for, the parts of the true ELBO."""
@@ -214,7 +242,7 @@ class CompiledSVI(SVI):
         self._held |= held
         self._written |= written
         if result != "parts" and self._makes_optim and isinstance(self.optim, Optimizer):
-            prepare(self.optim, batch[0].device, capture=batch[0].is_cuda)
+            prepare(self.optim, batch[0].device, capture=_on_cuda(batch[0]))
         return graph
 
     def _check_estimator(self) -> None:
@@ -249,8 +277,12 @@ class CompiledSVI(SVI):
         """Say, once, why steps are plain."""
         if self._failure and not self._warned:
             message = f"CompiledSVI: {self._failure}; steps are those of SVI"
-            warnings.warn(message, UserWarning, stacklevel=5)
+            warnings.warn(message, UserWarning, stacklevel=6)
             self._warned = True
+
+
+def _on_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _devices(batch: tuple[Tensor, ...]) -> set[int]:

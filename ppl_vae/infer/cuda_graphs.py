@@ -1,5 +1,6 @@
 """Steps replayed as one CUDA graph."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,7 @@ class Replay:
     def __init__(self, step: Callable[..., Any]) -> None:
         self.step = step
         self.calls = 0
+        self.fails = False  # to be captured
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []
         self.results: Any = None
@@ -64,16 +66,27 @@ class Replay:
         if self.calls < self.WARM_UP:
             self.calls += 1
             return self._aside(*batch)
+        if self.graph is None and not self.fails:
+            self._capture(*batch)
         if self.graph is None:
-            self.inputs = [x.clone() for x in batch]
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.results = self.step(*self.inputs)
-            self.graph = graph
+            return self.step(*batch)
         for own, x in zip(self.inputs, batch, strict=True):
             own.copy_(x)
         self.graph.replay()
         return tree_map_only(Tensor, torch.clone, self.results)
+
+    def _capture(self, *batch: Tensor) -> None:
+        self.inputs = [x.clone() for x in batch]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.results = self.step(*self.inputs)
+        except RuntimeError as error:
+            self.fails = True
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"CompiledSVI: can't capture the step as a CUDA graph: {reason}", stacklevel=5)
+            return
+        self.graph = graph
 
     def _aside(self, *batch: Tensor) -> Any:
         """Take the step on a stream of its own, as those before a capture are to be."""

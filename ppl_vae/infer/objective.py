@@ -219,7 +219,7 @@ class Objective(nn.Module):
         ]
         if missing:
             warnings.warn(
-                f"no gradient reaches {', '.join(missing)}: they will not train", UserWarning, stacklevel=4
+                f"no gradient reaches {', '.join(missing)}: they will not train", UserWarning, stacklevel=5
             )
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ppl_vae._checks import check_choice, check_positive
+from ppl_vae.data import Split
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.log_weights import terms
 from ppl_vae.infer.objective import Objective
 from ppl_vae.infer.precision import PRECISIONS, Precision, network_precision
 from ppl_vae.infer.recording import SiteRecorder, term_sums
-from ppl_vae.infer.running import Program, evaluating
+from ppl_vae.infer.running import Program, batch_arguments, evaluating
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Parts = dict[str, Tensor] | None  # of the true ELBO, summed over the batch: elbo, reconstruction, kl_<site>
@@ -90,6 +91,7 @@ class SVI:
         check_choice("precision", precision, PRECISIONS)
         self.precision = precision
         self._ready = self._stepped = False
+        self._taken: int | None = None  # tensors of a batch
         self._makes_optim = not isinstance(optim, (Optimizer, PyroOptim))
 
     def setup(self, *batch: Tensor) -> None:
@@ -137,6 +139,24 @@ class SVI:
             The loss, and scalars by name (``elbo``, ``reconstruction``, ``kl_<site>``), summed over the
             batch; None if the estimator makes no plain draws.
         """
+        return self._take_step(*batch, parts=parts)
+
+    def step_of(self, data: Split, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take one gradient step on some rows of data.
+
+        Args:
+            data: of which the programs take x alone, or x and y.
+            index: the rows, ``[n]``, on the device of the data.
+
+        Returns:
+            The loss, and the parts of the true ELBO as in ``step_with_parts``, of draws of their own if the
+            estimator makes no plain ones.
+        """
+        batch = self._rows(data, index)
+        loss, found = self._take_step(*batch, parts=True)
+        return loss, self.parts(*batch) if found is None else found
+
+    def _take_step(self, *batch: Tensor, parts: bool) -> tuple[Tensor, Parts]:
         self.setup(*batch)
         loss, found = self.loss_and_grads(*batch, parts=parts)
         if not self._stepped:
@@ -157,6 +177,13 @@ class SVI:
         elif isinstance(self.optim, Optimizer):
             self.optim.step()
         return loss, found
+
+    def _rows(self, data: Split, index: Tensor) -> tuple[Tensor, ...]:
+        """Return the batch of some rows: as many tensors as the programs take."""
+        batch = data.batch(index)
+        if self._taken is None:
+            self._taken = len(batch_arguments(self.objective.model, batch))
+        return batch[: self._taken]
 
     def loss_and_grads(self, *batch: Tensor, parts: bool) -> tuple[Tensor, Parts]:
         """Set the parameters' gradients; return the loss and, if asked for, the parts of the true ELBO."""

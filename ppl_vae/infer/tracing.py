@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,19 @@ class Traced:
         graph: from the held tensors and the inputs to the tensors of the result.
         held: the tensors that the function read besides its inputs, such as parameters and buffers, whose
             later values count.
-        tensors: for each leaf of the result, whether it is a tensor, else None.
-        spec: the nesting of the result.
+        result: the result, with the places of its tensors among the graph's outputs for the tensors.
     """
 
     graph: GraphModule
     held: list[Tensor]
-    tensors: list[bool]
-    spec: Any
+    result: Any
 
     def compile(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """Return the function compiled for inputs of these shapes; its draws are those of torch."""
         compiled = compile_graph(self.graph, [*self.held, *inputs])
 
         def run(*inputs: Tensor) -> Any:
-            found = iter(compiled(*self.held, *inputs))
-            return tree_unflatten([next(found) if tensor else None for tensor in self.tensors], self.spec)
+            return _filled(self.result, compiled(*self.held, *inputs))
 
         return run
 
@@ -57,16 +54,33 @@ def trace(run: Callable[..., Any], inputs: Sequence[Tensor], elbo: ELBO) -> Trac
     Raises:
         RuntimeError: if a value is read in Python, in what runs under ``NoNumbers`` above all.
     """
-    structure: list[Any] = []
+    result: Any = None
 
     def flat(*inputs: Tensor) -> list[Tensor]:
-        leaves, spec = tree_flatten(run(*inputs))
-        structure[:] = [isinstance(leaf, Tensor) for leaf in leaves], spec
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        nonlocal result
+        outputs: list[Tensor] = []
+
+        def place(leaf: Tensor) -> int:
+            outputs.append(leaf)
+            return len(outputs) - 1
+
+        result = tree_map_only(Tensor, place, run(*inputs))
+        return outputs
 
     with pyro.validation_enabled(False), tensors_for_numbers(elbo), OneHot():
         graph, held = _lift(make_fx(flat, _SAME_DRAWS)(*inputs))
-    return Traced(graph, held, *structure)
+    return Traced(graph, held, result)
+
+
+def _filled(result: Any, outputs: Sequence[Tensor]) -> Any:
+    """Return a result with its tensors in their places; ``tree_map`` takes ten times as long."""
+    if isinstance(result, int):
+        return outputs[result]
+    if isinstance(result, dict):
+        return {name: _filled(part, outputs) for name, part in result.items()}
+    if isinstance(result, (list, tuple)):
+        return [_filled(part, outputs) for part in result]
+    return result
 
 
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,8 @@ class Training:
         unchecked = not isinstance(self.train, Split) and epoch == 1
         # Pyro's tail-adaptive estimator has gradients but no loss: it gives infinity
         without_loss = isinstance(self.svi.objective.estimator, TraceTailAdaptive_ELBO)
-        for step, batch in enumerate(self._batches(), 1):
-            if unchecked:
-                check_batch(f"data, batch {step}", batch, self.observed)
-            loss, sums = self.svi.step_with_parts(*batch)
-            if sums is None:
-                sums = self.svi.parts(*batch)
-            count += len(batch[0])
+        for step, (size, loss, sums) in enumerate(self._taken_steps(unchecked), 1):
+            count += size
             add_sums(totals, {"loss": loss} | sums)
             losses.append(-sums["elbo"] if without_loss else loss)
             bar.update()
@@ -173,6 +168,18 @@ class Training:
         self._check_losses(losses, epoch, step, snapshot)
         self._check_parameters(epoch, step)
         return per_datum(totals, count)
+
+    def _taken_steps(self, unchecked: bool) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
+        """Take an epoch's steps; yield the number of data, the loss and the parts of each."""
+        if isinstance(self.train, Split):
+            for index in torch.randperm(len(self.train), device=self.device).split(self.batch_size):
+                yield len(index), *self.svi.step_of(self.train, index)
+            return
+        for step, batch in enumerate(self._batches(), 1):
+            if unchecked:
+                check_batch(f"data, batch {step}", batch, self.observed)
+            loss, sums = self.svi.step_with_parts(*batch)
+            yield len(batch[0]), loss, self.svi.parts(*batch) if sums is None else sums
 
     def _batches(self) -> Iterable[tuple[Tensor, ...]]:
         taken = 0
@@ -330,8 +337,12 @@ class Training:
 
 def add_sums(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
     """Add sums to the totals of the same names."""
+    if totals.keys() == sums.keys():
+        with torch.no_grad():
+            torch._foreach_add_([totals[name] for name in sums], list(sums.values()))
+        return
     for name, value in sums.items():
-        totals[name] = totals[name] + value if name in totals else value
+        totals[name] = totals[name] + value if name in totals else value.detach().clone()
 
 
 def per_datum(totals: Mapping[str, Tensor], count: int) -> dict[str, Any]:

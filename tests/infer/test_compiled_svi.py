@@ -1,8 +1,9 @@
 """Compiled steps are plain ones. But for one, the tests compile to torch's plain operators."""
 
+import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
@@ -14,8 +15,11 @@ from helpers import ESTIMATORS, PAIRS
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ppl_vae import fit
+from ppl_vae.data import Split
 from ppl_vae.guides import MeanFieldGuide
 from ppl_vae.infer import IWAE, KL_ELBO, STL_ELBO, SVI, CompiledSVI, LinearWarmup, compiled_svi, tracing
 from ppl_vae.infer.cuda_graphs import is_capturable, prepare
@@ -459,3 +463,118 @@ def test_cuda_graphs_take_the_steps_of_plain_ones(name: str) -> None:
         found.append([*losses, *[t for module in modules for t in module.state_dict().values()]])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)
+
+
+class RecordedGraph(TorchDispatchMode):
+    """Stands in for a CUDA graph: takes note of a step's operations, and repeats them in the same memory.
+
+    A capture runs nothing on the device; this one runs the operations once, so that ``undo`` is called.
+    """
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        super().__init__()
+        self.undo = undo
+        self.calls: list[Any] = []
+        self.replays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.undo()
+
+    def replay(self) -> None:
+        self.replays += 1
+        with torch.no_grad():
+            for func, args, kwargs, result in self.calls:
+                for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, Tensor) and old is not new:
+                        old.copy_(new)
+
+
+def replayed_steps(
+    monkeypatch: pytest.MonkeyPatch, engine: type[SVI], graphs: list[RecordedGraph], take: Any
+) -> list[Tensor]:
+    """Return losses, parts and final parameters of ten steps whose CUDA graphs are such stand-ins."""
+    torch.manual_seed(0)
+    model, guide, modules = PAIRS["VAE"]()
+    svi = engine(model, guide, torch.optim.Adam, Trace_ELBO())
+    svi.setup(bits(1))
+
+    def make() -> RecordedGraph:
+        tensors = [p for module in modules for p in module.parameters()]
+        tensors += [t for held in svi.optim.state.values() for t in held.values()]
+        before, stream = [t.detach().clone() for t in tensors], torch.get_rng_state()
+
+        def undo() -> None:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before, strict=True):
+                    tensor.copy_(value)
+            torch.set_rng_state(stream)
+
+        graphs.append(RecordedGraph(undo))
+        return graphs[-1]
+
+    class Aside:
+        def wait_stream(self, other: Any) -> None: ...
+
+    monkeypatch.setattr(compiled_svi, "_on_cuda", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Aside())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Aside())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    torch.manual_seed(3)
+    found = [leaf for i in range(20) for leaf in tree_leaves(take(svi, i))]
+    return [*found, *[t for module in modules for t in module.state_dict().values()]]
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_replayed_steps_are_those_of_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, gathered: bool, dynamic: bool
+) -> None:
+    data = Split(0.8 * bits(30) + 0.1 if dynamic else bits(30), dynamic=dynamic)
+
+    def take(svi: SVI, i: int) -> Any:
+        index = torch.arange(i, i + (4 if i % 3 == 2 else 6))
+        return svi.step_of(data, index) if gathered else svi.step_with_parts(*data.batch(index))
+
+    graphs: list[RecordedGraph] = []
+    with monkeypatch.context() as patch:
+        compiled = replayed_steps(patch, CompiledSVI, graphs, take)
+    assert [graph.replays for graph in graphs] == [
+        10,
+        3,
+    ]  # of 14 and 6: the optimiser's first step and three more are plain
+    plain = replayed_steps(monkeypatch, SVI, graphs, take)
+    assert len(graphs) == 2
+    for one, two in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)  # the captured rate is a float32
+
+
+def test_a_step_that_cannot_be_captured_is_taken_without_and_a_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refuses(RecordedGraph):
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    data = Split(bits(30))
+
+    def take(svi: SVI, i: int) -> Any:
+        return svi.step_of(data, torch.arange(i, i + 6))
+
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "RecordedGraph", Refuses)
+        with pytest.warns(
+            UserWarning, match="can't capture the step as a CUDA graph: operation not"
+        ) as caught:
+            compiled = replayed_steps(patch, CompiledSVI, [], take)
+    assert len(caught) == 1
+    for one, two in zip(compiled, replayed_steps(monkeypatch, SVI, [], take), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)  # the captured rate is a float32
