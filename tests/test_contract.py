@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_vae.description import build, describe
-from ppl_vae.flows import AffineCoupling, InverseAutoregressive, Sylvester
+from ppl_vae.flows import AffineCoupling, BlockNeuralAutoregressive, InverseAutoregressive, Sylvester
 from ppl_vae.guides import (
     AnnealedGuide,
     FlowGuide,
@@ -121,6 +121,10 @@ GUIDES = (
         lambda: FlowGuide(
             ConvEncoder(IMAGE, 6, (3, 4)), AffineCoupling(LATENT, 3, hidden=7), base="full-rank"
         ),
+    ),
+    Case(
+        "FlowGuide-block",
+        lambda: FlowGuide(MLP(IMAGE, hidden=(6, 5)), BlockNeuralAutoregressive(LATENT, 4, hidden=3)),
     ),
     Case("FlowGuide-sylvester", lambda: FlowGuide(MLP(IMAGE, hidden=(6, 5)), Sylvester(LATENT, 4))),
     Case("MeanFieldGuide-convolution", lambda: MeanFieldGuide(ConvEncoder(IMAGE, 6, (3, 4)), LATENT)),

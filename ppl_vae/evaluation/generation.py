@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -47,7 +49,8 @@ class Latents:
     """The guide's latent of each datum.
 
     Attributes:
-        z: posterior means, or draws where the guide's family has no mean, ``[n, latent]``.
+        z: posterior means, or draws where the guide's family has no mean, ``[n, latent]``. On a sphere,
+            the means' directions.
         y: labels that were passed along, ``[n]``, or None.
     """
 
@@ -61,7 +64,8 @@ class Traversal:
 
     Attributes:
         x: the means, ``[dims, steps, *event]``.
-        values: the values that the moving dimension takes, ``[steps]``.
+        values: what the moving dimension is set to, ``[steps]``; on a sphere, before the point is divided by
+            its length.
         dims: the dimensions that move, whole numbers ``[dims]``.
     """
 
@@ -72,7 +76,7 @@ class Traversal:
 
 @dataclass(frozen=True, eq=False)
 class Interpolation:
-    """The likelihood's mean along straight lines between pairs of latents.
+    """The likelihood's mean along straight lines between pairs of latents, on a sphere great circles.
 
     Attributes:
         x: the means, ``[pairs, steps, *event]``.
@@ -144,6 +148,8 @@ def reconstruct(model: Program, guide: Program, *batch: Any) -> Reconstructions:
 def encode(guide: Program, *batch: Any, y: Tensor | None = None) -> Latents:
     """Return the guide's mean of each datum's latent, or a draw where its family has no mean.
 
+    On a sphere it is the mean's direction: the mean itself is inside.
+
     Args:
         guide: a program that takes the batch.
         *batch: the batch, the data ``[n, *event]`` first.
@@ -173,6 +179,8 @@ def encode(guide: Program, *batch: Any, y: Tensor | None = None) -> Latents:
             z = site["fn"].mean
         except NotImplementedError:
             z = site["value"]
+        if _is_on_sphere(site):
+            z = F.normalize(z, dim=-1)
     return Latents(z.cpu(), labels)
 
 
@@ -184,6 +192,9 @@ def traverse(
     values: Sequence[float] | Tensor = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0),
 ) -> Traversal:
     """Move each dimension of one latent through values, the others at rest, and return x's means.
+
+    Where the model's prior is on the unit sphere, ``z`` is divided by its length first, and so is each point
+    after its dimension is set; zeros, the prior's mean, stand for the point whose coordinates are equal.
 
     Args:
         model: a program that takes ``model(None, size=n)``.
@@ -210,14 +221,23 @@ def traverse(
     steps = torch.as_tensor(values, dtype=z.dtype, device=z.device).detach()
     if steps.ndim != 1 or not len(steps):
         raise ValueError(f"values: expected a sequence of numbers, got {_describe(values)}")
-    grid = z.detach().expand(len(moved), len(steps), len(z)).clone()
-    for row, dim in zip(grid, moved, strict=True):
-        row[:, dim] = steps
-    return Traversal(_decode(model, grid), steps.cpu(), torch.tensor(moved))
+    with evaluating(model):
+        prior = _prior(model, z)
+        start, sphere = z.detach(), _is_on_sphere(prior)
+        if sphere:
+            start = F.normalize(start if start.any() else torch.ones_like(start), dim=-1)
+        grid = start.expand(len(moved), len(steps), len(z)).clone()
+        for row, dim in zip(grid, moved, strict=True):
+            row[:, dim] = steps
+        x = _decode(model, prior, F.normalize(grid, dim=-1) if sphere else grid)
+    return Traversal(x, steps.cpu(), torch.tensor(moved))
 
 
 def interpolate(model: Program, z_start: Tensor, z_end: Tensor, *, steps: int = 9) -> Interpolation:
     """Go in a straight line from each start to its end, and return x's means on the way.
+
+    Where the model's prior is on the unit sphere, both are divided by their lengths, and the way is the great
+    circle between them.
 
     Args:
         model: a program that takes ``model(None, size=n)``.
@@ -230,7 +250,8 @@ def interpolate(model: Program, z_start: Tensor, z_end: Tensor, *, steps: int = 
 
     Raises:
         TypeError: if the model can't be called as ``model(None, size=n)``.
-        ValueError: if the shapes are wrong or differ, or steps is below 2.
+        ValueError: if the shapes are wrong or differ, or steps is below 2; on a sphere, if the ends are
+            opposite, so that there are many ways, or one is zero.
 
     Example:
         >>> from ppl_vae.models import LinearGaussian
@@ -246,7 +267,11 @@ def interpolate(model: Program, z_start: Tensor, z_end: Tensor, *, steps: int = 
         raise ValueError(f"z_end: expected z_start's shape {_shape(z_start)}, got {_shape(z_end)}")
     start, end = (z.reshape(-1, 1, z.shape[-1]) for z in (z_start, z_end))
     weights = torch.linspace(0.0, 1.0, steps, dtype=start.dtype, device=start.device)
-    return Interpolation(_decode(model, torch.lerp(start, end, weights[:, None])), weights.cpu())
+    with evaluating(model):
+        prior = _prior(model, z_start)
+        between = _great_circle if _is_on_sphere(prior) else torch.lerp
+        x = _decode(model, prior, between(start.detach(), end.detach(), weights[:, None]))
+    return Interpolation(x, weights.cpu())
 
 
 def _draw(model: Program, size: int, z: Tensor | None = None) -> Trace:
@@ -269,15 +294,46 @@ def _draw(model: Program, size: int, z: Tensor | None = None) -> Trace:
     return trace
 
 
-def _decode(model: Program, z: Tensor) -> Tensor:
+def _prior(model: Program, z: Tensor) -> Site:
+    """Return the model's site "z" of one datum, or raise if it has not the size of these latents.
+
+    Conditioning on a site that the model lacks does nothing, so this comes first.
+    """
+    site = _site(_draw(model, 1), "z", "model")
+    if site["value"].shape != (1, z.shape[-1]):
+        raise ValueError(f"z: expected the model's shape {_shape(site['value'])[1:]}, got {_shape(z)[-1:]}")
+    return site
+
+
+def _is_on_sphere(site: Site) -> bool:
+    return site["fn"].support is constraints.sphere
+
+
+def _great_circle(start: Tensor, end: Tensor, weights: Tensor) -> Tensor:
+    """Return points on the unit sphere from start to end, ``[pairs, steps, latent]``.
+
+    Args:
+        start: ``[pairs, 1, latent]``, of any length.
+        end: likewise.
+        weights: of the end, ``[steps, 1]``.
+    """
+    for name, z in (("z_start", start), ("z_end", end)):
+        if not z.any(-1).all():
+            raise ValueError(f"{name}: expected directions on the model's sphere, got a vector of zeros")
+    start, end = F.normalize(start, dim=-1), F.normalize(end, dim=-1)
+    cosine = (start * end).sum(-1, keepdim=True)
+    across = end - cosine * start
+    sine = across.norm(dim=-1, keepdim=True)
+    if ((cosine < 0) & (sine < 10 * torch.finfo(sine.dtype).eps)).any():
+        raise ValueError("z_end: expected points of the sphere that are not opposite to z_start's")
+    angle = weights * torch.atan2(sine, cosine)
+    return F.normalize(start * angle.cos() + F.normalize(across, dim=-1) * angle.sin(), dim=-1)
+
+
+def _decode(model: Program, prior: Site, z: Tensor) -> Tensor:
     """Return the likelihood's means ``[*grid, *event]`` of latents ``[*grid, latent]``."""
-    with evaluating(model):
-        # Conditioning on a site that the model lacks does nothing, so look at the prior first.
-        prior = _site(_draw(model, 1), "z", "model")["value"]
-        if prior.shape != (1, z.shape[-1]):
-            raise ValueError(f"z: expected the model's shape {_shape(prior)[1:]}, got {_shape(z)[-1:]}")
-        flat = z.detach().to(prior).flatten(end_dim=-2)
-        mean = _mean(_draw(model, len(flat), flat))
+    flat = z.to(prior["value"]).flatten(end_dim=-2)
+    mean = _mean(_draw(model, len(flat), flat))
     return mean.reshape(*z.shape[:-1], *mean.shape[1:]).cpu()
 
 

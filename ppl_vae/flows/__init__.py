@@ -1,6 +1,7 @@
 """Flows: modules whose ``forward`` returns an invertible map from base noise to z, given a context."""
 
 from ppl_vae.flows.affine_coupling import AffineCoupling as AffineCoupling
+from ppl_vae.flows.block_neural_autoregressive import BlockNeuralAutoregressive as BlockNeuralAutoregressive
 from ppl_vae.flows.continuous import Continuous as Continuous
 from ppl_vae.flows.householder import Householder as Householder
 from ppl_vae.flows.inverse_autoregressive import InverseAutoregressive as InverseAutoregressive
@@ -14,6 +15,7 @@ from ppl_vae.flows.sylvester import Sylvester as Sylvester
 
 __all__ = [
     "AffineCoupling",
+    "BlockNeuralAutoregressive",
     "Continuous",
     "Householder",
     "InverseAutoregressive",

@@ -66,10 +66,12 @@ class FlowTransform(Transform):
             known: Tensor = self._kept[0]
             return known
         if not self.invertible:
-            raise NotImplementedError(
+            raise ValueError(
                 f"{self.name}: expected the last value that this distribution drew (with gradients, where "
-                "they are wanted of its density), since the flow's inverse is not known; to score other "
-                "values use InverseAutoregressive, AffineCoupling or SplineCoupling"
+                "they are wanted of its density), since the flow's inverse is not known; use Trace_ELBO, "
+                "KL_ELBO, IWAE or another estimator that scores draws as they are made (STL_ELBO, DReG, "
+                "stick_the_landing and WakeSleep score them again), or a flow with an inverse, such as "
+                "InverseAutoregressive or AffineCoupling"
             )
         x, ladj = y, torch.zeros_like(y[..., 0])
         for part in reversed(self.parts):

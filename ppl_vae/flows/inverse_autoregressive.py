@@ -14,7 +14,8 @@ class InverseAutoregressive(AutoregressiveFlow):
 
     :math:`\sigma_i = \mathrm{sigmoid}(s_i)` and :math:`m_i` are functions of :math:`z_1 \dots z_{i-1}` and of
     the context: the paper's numerically stable form. Sampling takes one pass; scoring another's draw takes
-    ``latent_dim`` passes per layer. Starts near a scaling: gates are 0.88.
+    ``latent_dim`` passes per layer. Starts near a scaling: gates are 0.88. With "relu" it trained faster than
+    with the paper's "elu".
 
     References:
         Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
@@ -47,7 +48,7 @@ class InverseAutoregressive(AutoregressiveFlow):
         depth: int = 4,
         *,
         hidden: int | Sequence[int] = (128,),
-        activation: str = "elu",
+        activation: str = "relu",
     ) -> None:
         univariate = Univariate(_Gate, (None, None), (0.0, 2.0))
         super().__init__(latent_dim, context_dim, depth, hidden, activation, univariate)

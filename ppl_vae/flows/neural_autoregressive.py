@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.distributions import Transform, constraints
 from torch.nn.functional import logsigmoid, softplus
 
 from ppl_vae._checks import check_positive_int
+from ppl_vae.flows._bisection import Bisected
 from ppl_vae.flows._conditioned import AutoregressiveFlow, Univariate
 
 
@@ -18,8 +17,9 @@ class NeuralAutoregressive(AutoregressiveFlow):
     .. math:: z_i' = \mathrm{logit} \sum_k w_{ik}\, \mathrm{sigmoid}(a_{ik} z_i + b_{ik})
 
     :math:`w, a, b` are autoregressive: the paper's deep sigmoidal flow. Sampling takes one pass; scoring
-    another's draw takes ``latent_dim`` passes per layer, in each of which bisection inverts the maps. All
-    is computed on the log scale, so that it holds far out too. Starts near the identity.
+    another's draw takes ``latent_dim`` passes per layer, in each of which bisection inverts the maps. The
+    inverse has first and second derivatives, no third. All is computed on the log scale, so that it holds
+    far out too. Starts near the identity.
 
     References:
         Neural Autoregressive Flows (Huang et al., 2018), arXiv:1804.00779
@@ -63,19 +63,12 @@ class NeuralAutoregressive(AutoregressiveFlow):
         super().__init__(latent_dim, context_dim, depth, hidden, activation, univariate)
 
 
-class _Sigmoids(Transform):
-    domain = constraints.real
-    codomain = constraints.real
-    bijective = True
-
+class _Sigmoids(Bisected):
     def __init__(self, slopes: Tensor, shifts: Tensor, weights: Tensor) -> None:
         super().__init__()
         self.slopes = softplus(slopes) + 1e-3
         self.shifts = shifts
         self.log_weights = weights.log_softmax(-1)
-
-    def _call(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output and the logarithm of its derivative."""
@@ -86,20 +79,7 @@ class _Sigmoids(Transform):
         slope = (self.log_weights + self.slopes.log() + below + above).logsumexp(-1)
         return left - right, slope - left - right
 
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the logarithm of the derivative."""
-        return self.call_and_ladj(x)[1]
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        with torch.no_grad():  # y lies between the least and the greatest `slopes * x + shifts`
-            ends = (y.unsqueeze(-1) - self.shifts) / self.slopes
-            low, high = ends.amin(-1), ends.amax(-1)
-            for _ in range(60):
-                middle = (low + high) / 2
-                below = self._call(middle) < y
-                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-            x = (low + high) / 2
-        found, log_slope = self.call_and_ladj(x)
-        # the gradients of the inverse function; the value is x
-        miss = (found - found.detach()) - (y - y.detach())
-        return x - miss / log_slope.detach().clamp(min=-50).exp()
+    def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the inverse lies, as y does between the least and the greatest of the inner lines."""
+        ends = (y.unsqueeze(-1) - self.shifts) / self.slopes
+        return ends.amin(-1), ends.amax(-1)

@@ -1,10 +1,12 @@
 """The Sylvester flow."""
 
+import math
 from typing import Any
 
 import torch
 from pyro.distributions.transforms.householder import ConditionedHouseholder
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ppl_vae._checks import check_choice, check_positive_int
 from ppl_vae.flows._transform import Part
@@ -81,12 +83,12 @@ class Sylvester(Flow):
         if self.kind == "orthogonal":
             basis = torch.linalg.qr(basis)[0]
         first, second, bias = self.rows(context).unbind(-2)
-        first, second = first.tanh(), second.tanh()
-        r1, r2 = torch.diag_embed(first), torch.diag_embed(second)
+        r1, r2 = torch.diag_embed(first.tanh()), torch.diag_embed(second.tanh())
         if self.triangles is not None:
             triangles = self.triangles(context)
             r1, r2 = r1 + triangles.triu(1), r2 + triangles.tril(-1).mT
-        whole = [r1, r2, bias, first * second]
+        # log(1 + tanh(a) tanh(b)) = log(cosh(a + b) / (cosh(a) cosh(b)))
+        whole = [r1, r2, bias, _log_cosh(first + second) - _log_cosh(first) - _log_cosh(second)]
         layers = zip(
             basis.unbind(-3),
             *(t.unbind(-3) for t in whole[:2]),
@@ -124,15 +126,25 @@ class _Reflections:
 
 
 class _Sylvester(Part):
-    def __init__(self, q: Any, r1: Tensor, r2: Tensor, bias: Tensor, diagonal: Tensor) -> None:
+    """A layer; ``log_steepest`` is log(1 + r1 r2) of the diagonals: log |det J| where tanh is steepest."""
+
+    def __init__(self, q: Any, r1: Tensor, r2: Tensor, bias: Tensor, log_steepest: Tensor) -> None:
         super().__init__()
-        self.q, self.r1, self.r2, self.bias, self.diagonal = q, r1, r2, bias, diagonal
+        self.q, self.r1, self.r2, self.bias, self.log_steepest = q, r1, r2, bias, log_steepest
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output and log |det J|, by Sylvester's determinant identity."""
-        h = (_times(self.r2, self.q.transposed(x)) + self.bias).tanh()
-        y = x + self.q.apply(_times(self.r1, h))
-        return y, torch.log1p((1 - h.square()) * self.diagonal).sum(-1)
+        inner = _times(self.r2, self.q.transposed(x)) + self.bias
+        h = inner.tanh()
+        # 1 + (1 - h^2) r1 r2 = h^2 + (1 - h^2) (1 + r1 r2), a sum of positive terms, from their logarithms
+        zero = h == 0
+        flat = torch.where(zero, -math.inf, 2 * torch.where(zero, 1.0, h).abs().log())
+        steep = self.log_steepest - 2 * _log_cosh(inner)
+        return x + self.q.apply(_times(self.r1, h)), (steep - logsigmoid(steep - flat)).sum(-1)
+
+
+def _log_cosh(x: Tensor) -> Tensor:
+    return x - logsigmoid(2 * x) - math.log(2)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class AmortizedGuide(Program):
 
     Raises:
         TypeError: if ``features`` is None and the encoder has no ``out_features``.
-        TypeError, ValueError: if a size is not a whole number above 0.
+        TypeError, ValueError: if a size is not a whole number above 0. On a run, if the encoder gives another
+            number of features.
     """
 
     def __init__(self, encoder: nn.Module, latent_dim: int, outputs: int, features: int | None) -> None:
@@ -42,7 +43,13 @@ class AmortizedGuide(Program):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the head's outputs, ``[n, outputs]``; ``y`` goes to the encoder too, if it is given."""
-        outputs: Tensor = self.head(self.encoder(x) if y is None else self.encoder(x, y))
+        features: Tensor = self.encoder(x) if y is None else self.encoder(x, y)
+        if features.shape[-1:] != (self.head.in_features,):
+            raise ValueError(
+                f"features: expected [n, {self.head.in_features}] from {type(self.encoder).__name__}, as its "
+                f"`out_features` or the argument says, got {list(features.shape)}"
+            )
+        outputs: Tensor = self.head(features)
         return outputs
 
     def family(self, outputs: Tensor) -> dist.TorchDistribution:

@@ -24,8 +24,9 @@ class AnnealedGuide(MovingGuide):
     .. math:: \log q(z_0 \mid x) + \sum_{k=1}^K \log N(v_{k-1}; 0, I) - \log N(\hat v_k; 0, I),
 
     so that the weights' mean is p(x): every bound made of them is one on log p(x), tighter with more steps.
-    A draw costs K gradients of the model. The model is a reference, as in ``SemiAmortizedGuide``; what the
-    guide can't score is as in ``HamiltonianGuide``.
+    A draw costs K gradients of the model, and a datum four more. The model is a reference, as in
+    ``SemiAmortizedGuide``; what the guide can't score, and how long its steps are, is as in
+    ``HamiltonianGuide``.
 
     References:
         Differentiable Annealed Importance Sampling and the Perils of Gradient Noise (Zhang et al., 2021),
@@ -35,7 +36,8 @@ class AnnealedGuide(MovingGuide):
         guide: the guide to start from, whose ``posterior`` is reparameterised and scores any z.
         model: the model that both are trained with, of one latent site ``z``.
         steps: K.
-        step_size: the start of the step size, which is trained, one for each dimension.
+        step_size: the start of the step size, in standard deviations of the guide to start from, which is
+            trained, one for each dimension.
         persistence: :math:`\gamma`, from 0 to 1.
 
     Attributes:
@@ -73,8 +75,8 @@ class AnnealedGuide(MovingGuide):
         self.persistence = float(persistence)
         self.log_increments = nn.Parameter(torch.zeros(self.steps))
 
-    def _move(self, batch: tuple[Tensor, ...], start: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        log_q, size = start.log_prob(z), self.log_step_size.exp()
+    def _move(self, batch: tuple[Tensor, ...], size: Tensor, start: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = start.log_prob(z)
         # the last one is 1, whatever rounding does to the sum
         betas = [*self.log_increments.softmax(0).cumsum(0)[:-1].unbind(), 1.0]
         momentum = torch.randn_like(z)

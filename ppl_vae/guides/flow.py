@@ -20,7 +20,8 @@ class FlowGuide(AmortizedGuide):
     for all data.
 
     Draws are scored as they are made. Other values are scored by the flow's inverse; Planar, Radial and
-    Sylvester have none, so that STL_ELBO and DReG, which need it, raise.
+    Sylvester have none, so that what needs it raises: STL_ELBO, DReG, WakeSleep, IWAE that sticks the
+    landing.
 
     References:
         Variational Inference with Normalizing Flows (Rezende & Mohamed, 2015), arXiv:1505.05770
@@ -34,7 +35,7 @@ class FlowGuide(AmortizedGuide):
     Raises:
         TypeError: if ``flow`` is not a flow, or ``features`` is None and the encoder has no ``out_features``.
         TypeError, ValueError: if ``features`` is not a whole number above 0.
-        ValueError: if ``base`` is not known.
+        ValueError: if ``base`` is not known. On a run, if the encoder gives another number of features.
 
     Example:
         >>> import torch

@@ -24,11 +24,15 @@ class HamiltonianGuide(MovingGuide):
     .. math:: \log q(z_0 \mid x) + \log N(\sqrt{\beta_0}\, \rho_0; 0, I) - \log N(\rho_K; 0, I),
 
     so that the weights' mean is p(x): every bound made of them is one on log p(x). A draw costs K + 1
-    gradients of the model. The model is a reference, as in ``SemiAmortizedGuide``. Steps too long for the
-    posterior's narrowest direction diverge: start with short ones.
+    gradients of the model, and a datum four more. The model is a reference, as in ``SemiAmortizedGuide``.
 
-    The guide scores its own draws alone; ``STL_ELBO``, ``DReG`` and estimators with a score function need
-    more, and raise.
+    Steps are as long as ``step_size`` says, in standard deviations of the guide to start from, or shorter
+    where the model's gradient at four other draws of it is large, so that they do not diverge.
+
+    The guide scores its own draws alone, by the path that they took. ``STL_ELBO``, ``DReG`` and
+    ``WakeSleep`` score other ones, ``BetaTC_ELBO`` and ``DIP_ELBO`` need marginals: they raise. Estimators
+    for discrete latents (``VIMCO``, ``ScoreFunctionELBO``) take their gradient through the draws, which are
+    reparameterised.
 
     References:
         Hamiltonian Variational Auto-Encoder (Caterini et al., 2018), arXiv:1805.11328
@@ -37,7 +41,8 @@ class HamiltonianGuide(MovingGuide):
         guide: the guide to start from, whose ``posterior`` is reparameterised.
         model: the model that both are trained with, of one latent site ``z``.
         steps: K.
-        step_size: the start of the step size, which is trained, one for each dimension.
+        step_size: the start of the step size, in standard deviations of the guide to start from, which is
+            trained, one for each dimension.
         tempering: the start of :math:`\beta_0`, above 0 and below 1, which is trained; None for 1.
 
     Attributes:
@@ -75,17 +80,18 @@ class HamiltonianGuide(MovingGuide):
         start = None if tempering is None else torch.tensor(math.log(tempering**-0.5 - 1))
         self.log_tempering = None if start is None else nn.Parameter(start)
 
-    def _move(self, batch: tuple[Tensor, ...], start: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _move(self, batch: tuple[Tensor, ...], size: Tensor, start: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         noise = torch.randn_like(z)
-        moved, momentum = self.leapfrog(z, noise, *batch)
+        moved, momentum = self.leapfrog(z, noise, size, *batch)
         return moved, start.log_prob(z) + log_normal(noise) - log_normal(momentum)
 
-    def leapfrog(self, z: Tensor, noise: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
+    def leapfrog(self, z: Tensor, noise: Tensor, size: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return position and momentum after all steps; the map's Jacobian determinant is 1.
 
         Args:
             z: where the steps start, ``[*particles, n, latent]``.
             noise: :math:`\sqrt{\beta_0}\, \rho_0`, likewise.
+            size: step sizes, ``[n, latent]``, as ``sizes`` gives them.
             *batch: what the model is called with.
         """
         scales: list[Any] = [1.0] * (self.steps + 1)  # 1 / sqrt(beta_k)
@@ -96,7 +102,7 @@ class HamiltonianGuide(MovingGuide):
         def log_density(z: Tensor) -> Tensor:
             return log_joint(self.model, z, batch)
 
-        size, momentum = self.log_step_size.exp(), noise * scales[0]
+        momentum = noise * scales[0]
         force = gradient_of(log_density, z)
         for before, after in itertools.pairwise(scales):
             momentum = momentum + size / 2 * force

@@ -11,14 +11,14 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
+from ppl_vae.guides._references import Referring
 from ppl_vae.guides.amortized import AmortizedGuide
 from ppl_vae.guides.mean_field import mean_field
-from ppl_vae.program import Program
 
 START = 0.01  # the standard deviation of the first values
 
 
-class LocalGuide(Program):
+class LocalGuide(Referring):
     r"""The guide of free parameters for each datum, :math:`q_i(z) = N(z; \mu_i, \mathrm{diag}\, \sigma_i^2)`.
 
     A separate optimisation for each datum i: what an encoder loses against it on the same data is the
@@ -62,6 +62,8 @@ class LocalGuide(Program):
             if two data have the same.
     """
 
+    references = ("like",)
+
     def __init__(
         self, size: int, latent_dim: int, *, like: AmortizedGuide | None = None, sparse: bool = False
     ) -> None:
@@ -79,12 +81,6 @@ class LocalGuide(Program):
         nn.init.normal_(self.rows.weight, std=START)
         with torch.no_grad():
             self.rows.weight += start
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "like":
-            object.__setattr__(self, name, value)  # a reference: it is not registered
-        else:
-            super().__setattr__(name, value)
 
     @torch.no_grad()
     def start_at(self, outputs: Tensor, index: Tensor | None = None) -> None:

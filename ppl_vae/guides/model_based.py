@@ -10,17 +10,19 @@ import torch
 from pyro import poutine
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from ppl_vae.guides._references import Referring
 from ppl_vae.infer.running import Program as AnyProgram
-from ppl_vae.infer.running import in_own_store, latent_sites, observed_sites
-from ppl_vae.program import Program
+from ppl_vae.infer.running import calls_of_modules, in_own_store, latent_sites, observed_sites, without_table
 
 
-class ModelBasedGuide(Program):
+class ModelBasedGuide(Referring):
     """A guide that starts from another's posterior and looks at the model's log p(x, z).
 
     The model is no part of it: ``parameters()``, ``state_dict()``, ``train()`` and ``to()`` leave it alone.
-    Another model can be set as ``guide.model``.
+    Another model can be set as ``guide.model``. A copy of the guide alone (``copy.deepcopy``) has a copy of
+    the model; of a pair that is copied together, the guide has the pair's.
 
     Args:
         guide: the guide to start from, whose ``posterior`` is reparameterised.
@@ -30,6 +32,7 @@ class ModelBasedGuide(Program):
         TypeError: if ``guide`` has no ``posterior``, or ``model`` can't be called.
     """
 
+    references = ("model",)
     guide: Any
     model: AnyProgram
 
@@ -41,12 +44,6 @@ class ModelBasedGuide(Program):
             raise TypeError(f"model: expected a module or a function, got {model!r}")
         self.guide = guide
         self.model = model
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "model":
-            object.__setattr__(self, name, value)  # a reference: it is not registered
-        else:
-            super().__setattr__(name, value)
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
         """Return q(z | x): batch shape ``[n]``, event shape ``[latent]``, for ``x`` of ``[n, *event]``."""
@@ -87,27 +84,67 @@ def check_gradient(posterior: Any) -> None:
         )
 
 
-def log_joint(model: AnyProgram, z: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+def log_joint(
+    model: AnyProgram, z: Tensor, batch: tuple[Tensor, ...], *, prior_weight: float = 1.0
+) -> Tensor:
     """Return log p(x, z) of each draw and datum, ``[*particles, n]``, for z of ``[*particles, n, latent]``.
 
+    Args:
+        model: a program with one latent site ``z``.
+        z: where.
+        batch: what the model is called with.
+        prior_weight: multiplies log p(z).
+
     Raises:
-        ValueError: if the model has another latent site than ``z``, or no data.
+        ValueError: if the model has another latent site than ``z``, a ``z`` of another size, or no data; or
+            if it runs a module that couples data, or that a run changes: batch normalisation in training.
     """
-    with outside_of_handlers():
-        program = poutine.condition(in_own_store(model), data={"z": z})
-        trace = poutine.trace(program).get_trace(*batch)
+
+    def check_module(module: nn.Module) -> None:
+        if isinstance(module, _NormBase) and (module.training or module.running_mean is None):
+            _check_normalization(module, model)
+
+    tracer = poutine.trace(poutine.condition(in_own_store(model), data={"z": z}))
+    try:
+        with outside_of_handlers(), calls_of_modules(check_module):
+            trace = tracer.get_trace(*batch)
+    except (ValueError, RuntimeError) as error:  # of a decoder, say, that takes z of another size
+        _check_size(observed_sites(tracer.trace).get("z"), z)
+        raise without_table(error) from None
     sites = observed_sites(trace)
     if (others := sorted(latent_sites(trace))) or "z" not in sites:
         raise ValueError(f"model: expected one latent site 'z', found {others or 'none'}")
+    _check_size(sites["z"], z)
     if len(sites) == 1:
         raise ValueError("model: expected an observed site (`obs=x`), found none")
     total = z.new_zeros(z.shape[:-1])
-    for site in sites.values():
+    for name, site in sites.items():
         log_prob = site["fn"].log_prob(site["value"])
         if site["mask"] is not None:
             log_prob = torch.where(torch.as_tensor(site["mask"], device=z.device), log_prob, 0.0)
-        total = total + log_prob
+        total = total + (prior_weight * log_prob if name == "z" and prior_weight != 1 else log_prob)
     return total
+
+
+def _check_size(site: Any, z: Tensor) -> None:
+    """Raise if the model's z is of another size than the guide's."""
+    if site is not None and site["fn"].event_shape != z.shape[-1:]:
+        raise ValueError(
+            f"guide: expected the latent_dim of the model, whose z has event shape "
+            f"{tuple(site['fn'].event_shape)}, got {z.shape[-1]}"
+        )
+
+
+def _check_normalization(module: Any, model: AnyProgram) -> None:
+    """Raise if a module of the model couples data, or changes its running statistics in a run."""
+    if isinstance(module, _BatchNorm) or module.track_running_stats:
+        own = model.named_modules() if isinstance(model, nn.Module) else ()
+        name = next((f" {name!r}" for name, part in own if part is module), "")
+        raise ValueError(
+            "model: expected modules that treat each datum apart and that a run does not change, since the "
+            f"guide runs the model several times in a step, got {type(module).__name__}{name} in training "
+            "mode; use layer normalisation, or call `.eval()` on the model"
+        )
 
 
 @contextmanager

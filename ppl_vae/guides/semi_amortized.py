@@ -1,16 +1,20 @@
 """The semi-amortised guide."""
 
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ppl_vae._checks import check_positive, check_positive_int
+from ppl_vae._checks import check_at_least, check_positive, check_positive_int
+from ppl_vae.distributions import NormalMixture, VonMisesFisher
 from ppl_vae.guides.amortized import AmortizedGuide
 from ppl_vae.guides.model_based import ModelBasedGuide, check_gradient, gradient_of, log_joint
 from ppl_vae.infer.running import Program as AnyProgram
 
 DECAY = (0.5, 0.9)  # of Adam's moments, for a few steps
 EPSILON = 1e-16
+FIRST_ORDER = NormalMixture, VonMisesFisher  # second derivatives of their draws are wrong
 
 
 class SemiAmortizedGuide(ModelBasedGuide):
@@ -34,13 +38,17 @@ class SemiAmortizedGuide(ModelBasedGuide):
         steps: S.
         step_size: of the first step, about the most that an output changes by in it.
         num_particles: draws per datum and step.
+        kl_weight: multiplies the KL divergence in the ELBO that the steps go up. The estimator's weight does
+            not reach the guide: give it here too, if it is a number; of a schedule, its end.
         differentiable: let gradients of training go through the steps, to the encoder and the model, at more
             than twice the cost; else the change is a constant. Such a gradient is biased: Adam's first steps
-            are nearly signs of a gradient, whose jumps have no derivative.
+            are nearly signs of a gradient, whose jumps have no derivative. It needs second derivatives of
+            draws, which ``NormalMixture`` and ``VonMisesFisher`` don't have.
 
     Raises:
         TypeError: if ``guide`` has no ``family``, or an argument is no number.
-        ValueError: if ``steps``, ``step_size`` or ``num_particles`` is not above 0.
+        ValueError: if ``steps``, ``step_size`` or ``num_particles`` is not above 0, or ``kl_weight`` below 0;
+            or, with ``differentiable``, if draws have no second derivatives.
 
     Example:
         >>> import torch
@@ -61,6 +69,7 @@ class SemiAmortizedGuide(ModelBasedGuide):
         steps: int = 5,
         step_size: float = 0.1,
         num_particles: int = 4,
+        kl_weight: float = 1.0,
         differentiable: bool = False,
     ) -> None:
         if not isinstance(guide, AmortizedGuide) or type(guide).family is AmortizedGuide.family:
@@ -72,7 +81,11 @@ class SemiAmortizedGuide(ModelBasedGuide):
         self.steps = check_positive_int("steps", steps)
         self.step_size = check_positive("step_size", step_size)
         self.num_particles = check_positive_int("num_particles", num_particles)
+        self.kl_weight = check_at_least("kl_weight", kl_weight)
         self.differentiable = differentiable
+        if differentiable and not guide.head.bias.is_meta:  # without values; a run looks again
+            with torch.no_grad():
+                _check_second_order(guide, guide.family(guide.head.bias.unsqueeze(0)))
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
         """Return q(z | x): batch shape ``[n]``, event shape ``[latent]``, for ``x`` of ``[n, *event]``."""
@@ -83,6 +96,7 @@ class SemiAmortizedGuide(ModelBasedGuide):
     def refine(self, outputs: Tensor, *batch: Tensor) -> Tensor:
         """Return outputs of the head, ``[n, outputs]``, after the steps on each datum's ELBO."""
         if self.differentiable:
+            _check_second_order(self.guide, self.guide.family(outputs))
             return self._steps(outputs, batch)
         with torch.no_grad():
             change = self._steps(outputs, batch) - outputs
@@ -93,7 +107,8 @@ class SemiAmortizedGuide(ModelBasedGuide):
             posterior = self.guide.family(outputs)
             check_gradient(posterior)
             z = posterior.rsample((self.num_particles,))
-            return (log_joint(self.model, z, batch) - posterior.log_prob(z)).mean(0)
+            log_p = log_joint(self.model, z, batch, prior_weight=self.kl_weight)
+            return (log_p - self.kl_weight * posterior.log_prob(z)).mean(0)
 
         first, second = torch.zeros_like(outputs), torch.zeros_like(outputs)
         for step in range(1, self.steps + 1):
@@ -104,3 +119,15 @@ class SemiAmortizedGuide(ModelBasedGuide):
             rate = self.step_size * (1 - (step - 1) / self.steps)
             outputs = outputs + rate / (1 - DECAY[0] ** step) * first / scale
         return outputs
+
+
+def _check_second_order(guide: AmortizedGuide, posterior: Any) -> None:
+    """Raise if second derivatives of draws are wrong, which nothing else would tell."""
+    while posterior is not None:
+        if isinstance(posterior, FIRST_ORDER):
+            raise ValueError(
+                f"guide: expected draws with second derivatives, since differentiable=True, got a "
+                f"{type(guide).__name__} whose draws, of {type(posterior).__name__}, have first ones alone; "
+                "give differentiable=False"
+            )
+        posterior = getattr(posterior, "base_dist", None)

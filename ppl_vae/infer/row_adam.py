@@ -58,7 +58,7 @@ class RowAdam(torch.optim.Adam):
                     sparse.append((p, p.grad, group))
                     p.grad = None  # Adam passes those without a gradient
         try:
-            super().step()
+            _step_of_adam()(self)
             with torch.no_grad():
                 for p, gradient, group in sparse:
                     self._step_rows(p, gradient.coalesce(), group)
@@ -66,6 +66,13 @@ class RowAdam(torch.optim.Adam):
             for p, gradient, _ in sparse:
                 p.grad = gradient
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave, on the parameters' devices."""
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            if "step" in state and state["step"].dim():  # of rows; Adam's own number may stay on the CPU
+                state["step"] = state["step"].to(p.device)
 
     def _step_rows(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -84,3 +91,12 @@ class RowAdam(torch.optim.Adam):
         correction1, correction2 = ((1 - beta**step).to(g.dtype) for beta in (beta1, beta2))
         change = first / correction1 / ((second / correction2).sqrt() + group["eps"])
         p.index_add_(0, rows, -group["lr"] * change)
+
+
+def _step_of_adam() -> Callable[..., Any]:
+    """Return ``torch.optim.Adam.step`` without the hooks of steps, which a step of ``RowAdam`` runs itself.
+
+    Torch puts them around the ``step`` of a class when the first instance of it is made.
+    """
+    step: Any = torch.optim.Adam.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step

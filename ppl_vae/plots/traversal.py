@@ -45,5 +45,5 @@ def plot_traversal(result: Traversal, ax: "Axes | None" = None) -> "Axes":
         columns=[number(value) for value in result.values.tolist()],
     )
     ax.set_title("Latent traversal: mean of x", fontsize="medium")
-    ax.set_xlabel("value of the dimension that moves", fontsize="small")
+    ax.set_xlabel("what the dimension that moves is set to", fontsize="small")
     return ax

@@ -96,6 +96,13 @@ def test_flows_beat_every_gaussian_on_the_banana(name: str) -> None:
     assert gap < 0.7536 - 4 * error
 
 
+def test_an_inverse_autoregressive_flow_is_well_on_its_way_after_200_steps() -> None:
+    # From this seed the gap is 0.17, with "elu" for "relu" 0.43.
+    torch.manual_seed(1)
+    gap, error = gap_of(trained("InverseAutoregressive").posterior(torch.zeros(1, 1, dtype=torch.float64)))
+    assert gap < 0.3 - 4 * error
+
+
 def test_a_householder_flow_is_a_gaussian() -> None:
     gap, error = gap_of(trained("Householder").posterior(torch.zeros(1, 1, dtype=torch.float64)))
     assert gap > 0.7536 - 4 * error

@@ -1,6 +1,7 @@
 """Tests of the guide with free parameters per datum, its optimiser and the model beside it."""
 
 import copy
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ppl_vae.evaluation import evaluate
 from ppl_vae.guides import MeanFieldGuide
@@ -237,6 +239,48 @@ def test_optimiser_state_round_trip() -> None:
     for table, optimizer in (one, two):
         run(3, table, optimizer)
     assert torch.equal(one[0].weight, two[0].weight)
+
+
+def test_loaded_steps_of_rows_are_where_the_rows_are() -> None:
+    # Adam's own number of steps stays on the CPU unless `capturable` or `fused`; meta is another device
+    def make(device: str) -> RowAdam:
+        table = torch.nn.Embedding(5, 2, sparse=True, device=device)
+        dense = torch.nn.Parameter(torch.ones(2, device=device))
+        optimizer = RowAdam([table.weight, dense], lr=0.1)
+        (table(torch.tensor([1, 4], device=device)).sum() + dense.sum()).backward()
+        return optimizer
+
+    saved = make("cpu")
+    saved.step()
+    loaded = make("meta")
+    loaded.load_state_dict(saved.state_dict())
+    rows, dense = (loaded.state[p] for p in loaded.param_groups[0]["params"])
+    assert rows["step"].shape == (5,)
+    assert rows["step"].dtype == torch.float32
+    assert {t.device.type for t in rows.values()} == {"meta"}
+    assert dense["step"].device.type == "cpu"
+
+
+@pytest.mark.parametrize("way", ["made", "loaded", "copied", "pickled"])
+def test_hooks_of_a_step_run_once(way: str) -> None:
+    torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])  # puts hooks around Adam's own step
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    optimizer = RowAdam(table.parameters(), lr=0.1)
+    if way == "loaded":
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif way == "copied":
+        optimizer = copy.deepcopy(optimizer)
+    elif way == "pickled":
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    (p,) = optimizer.param_groups[0]["params"]
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *args: calls.append("own, before"))
+    optimizer.register_step_post_hook(lambda *args: calls.append("own, after"))
+    handle = register_optimizer_step_post_hook(lambda *args: calls.append("global, after"))
+    p.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (5, 2), check_invariants=False)
+    optimizer.step()
+    handle.remove()
+    assert sorted(calls) == ["global, after", "own, after", "own, before"]
 
 
 def test_optimiser_takes_a_closure() -> None:

@@ -62,6 +62,34 @@ def test_the_smallest_and_the_largest_scales_in_float32(start: float) -> None:
     )
 
 
+@pytest.mark.parametrize("log_scale", [-7.0, 7.0])
+@pytest.mark.parametrize("ratio", [1.0, 30.0, 1000.0])
+def test_densities_keep_their_digits_in_float32(log_scale: float, ratio: float) -> None:
+    # torch's LowRankMultivariateNormal loses all of them at a ratio of 1000
+    torch.manual_seed(0)
+    guide = LowRankGuide(MLP(4), 50, 5)
+    outputs = torch.randn(20, 50 * 7)
+    outputs[:, 50:100] = log_scale
+    outputs[:, 100:] *= ratio  # of W to D's root
+    posterior = guide.family(outputs)
+    exact = dist.LowRankMultivariateNormal(*(t.double() for t in parameters(posterior)))
+    for z in (posterior.rsample((50,)), torch.randn(50, 20, 50)):
+        torch.testing.assert_close(
+            posterior.log_prob(z).double(), exact.log_prob(z.double()), rtol=1e-4, atol=0
+        )
+
+
+def test_density_of_an_expanded_posterior_and_its_gradients_are_torchs() -> None:
+    guide, x, found = make(4, 2), data(), []
+    z = torch.randn(5, 3, 4).double()
+    for own in (True, False):
+        posterior = guide.posterior(x)
+        q = posterior if own else dist.LowRankMultivariateNormal(*parameters(posterior))
+        log_prob = q.expand((5, 3)).log_prob(z)
+        found.append([log_prob, *torch.autograd.grad(log_prob.sum(), list(guide.parameters()))])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize(("start", "clamped"), [(-100.0, -7.0), (100.0, 7.0)])
 def test_log_scale_is_clamped(start: float, clamped: float) -> None:
     guide = make()

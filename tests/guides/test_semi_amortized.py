@@ -13,13 +13,14 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
+from ppl_vae.distributions import VonMisesFisher
 from ppl_vae.evaluation import evaluate
-from ppl_vae.guides import MeanFieldGuide
+from ppl_vae.guides import HypersphericalGuide, MeanFieldGuide, MixtureGuide
 from ppl_vae.guides.amortized import AmortizedGuide
 from ppl_vae.guides.local import LocalGuide
 from ppl_vae.guides.model_based import log_joint
 from ppl_vae.guides.semi_amortized import SemiAmortizedGuide
-from ppl_vae.infer import IWAE, KL_ELBO, STL_ELBO, SVI, CompiledSVI, DReG, log_weights, tracing
+from ppl_vae.infer import IWAE, KL_ELBO, STL_ELBO, SVI, CompiledSVI, DReG, WakeSleep, log_weights, tracing
 from ppl_vae.likelihoods import Normal
 from ppl_vae.models import VAE, LinearGaussian
 from ppl_vae.models.indexed import IndexedModel
@@ -138,6 +139,71 @@ def test_a_frozen_half(frozen: str) -> None:
     other = guide if half is model else model
     assert all(p.grad is None for p in half.parameters())
     assert all(p.grad is not None for p in other.parameters())
+
+
+class OfMixture(MeanFieldGuide):
+    """A guide whose draws' second derivatives are wrong, below another distribution."""
+
+    def family(self, outputs: Tensor) -> Any:
+        mixture = MixtureGuide.family(MixtureGuide(MLP(4), 2, 1), outputs)
+        flip = dist.transforms.AffineTransform(0.0, -1.0, event_dim=1)
+        return dist.TransformedDistribution(mixture, [flip])
+
+
+class OnSphere(HypersphericalGuide):
+    """A guide on the sphere, with a family."""
+
+    def family(self, outputs: Tensor) -> Any:
+        return VonMisesFisher(nn.functional.normalize(outputs[..., :-1], dim=-1), outputs[..., -1].exp())
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: MixtureGuide(MLP(4), 2, 3), "NormalMixture"),
+        (lambda: OfMixture(MLP(4), 2), "NormalMixture"),
+        (lambda: OnSphere(MLP(4), 2), "VonMisesFisher"),
+    ],
+)
+def test_draws_without_second_derivatives_are_not_differentiated_twice(make: Any, name: str) -> None:
+    model = LinearGaussian(2, 4)
+    message = (
+        rf"^guide: expected draws with second derivatives, since differentiable=True, got .* of {name}, "
+    )
+    with pytest.raises(ValueError, match=message):
+        SemiAmortizedGuide(make(), model, differentiable=True)
+    guide = SemiAmortizedGuide(make(), model)
+    assert guide(torch.zeros(3, 4)).isfinite().all()
+    guide.differentiable = True
+    with pytest.raises(ValueError, match=message):
+        guide(torch.zeros(3, 4))
+
+
+def test_a_mixture_is_refined_by_constant_steps() -> None:
+    model, _, x = pair()
+    mixture = MixtureGuide(MLP(4, hidden=5), 2, 3, weights="network").double()
+    refined = SemiAmortizedGuide(mixture, model, steps=20, step_size=0.2, num_particles=50)
+    with torch.no_grad():
+        one, two = (log_weights(model, g, x, num_particles=1000) for g in (mixture, refined))
+    error = ((one.var(0) + two.var(0)) / 1000).sqrt()
+    assert ((two.mean(0) - one.mean(0)) > 4 * error).all()
+
+
+# The KL weight
+
+
+@pytest.mark.parametrize("weight", [0.5, 4.0])
+def test_steps_reach_the_best_posterior_of_the_weighted_elbo(weight: float) -> None:
+    # That of a prior of precision w and a likelihood of precision 1, tempered by 1 / w.
+    model, guide, x = pair(kl_weight=weight, differentiable=False, steps=300, step_size=0.2, num_particles=50)
+    w = model.weight.detach()
+    precision = w.T @ w / weight + torch.eye(2).double()
+    mean = x @ w @ torch.linalg.inv(precision).T / weight
+    refined = guide.posterior(x)
+    torch.testing.assert_close(refined.mean, mean, rtol=0, atol=0.1)
+    torch.testing.assert_close(
+        refined.variance, precision.diagonal().reciprocal().expand(6, 2), rtol=0.1, atol=0
+    )
 
 
 # The program
@@ -396,8 +462,28 @@ def test_models_that_it_can_not_score(model: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("steps", 1.5), ("step_size", 0.0), ("num_particles", 0), ("step_size", "0.1")],
+    [
+        ("steps", 0),
+        ("steps", 1.5),
+        ("step_size", 0.0),
+        ("num_particles", 0),
+        ("step_size", "0.1"),
+        ("kl_weight", "1"),
+    ],
 )
 def test_wrong_arguments(name: str, value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{name}: expected a "):
         pair(**{name: value})
+
+
+def test_negative_kl_weight() -> None:
+    with pytest.raises(ValueError, match=r"^kl_weight: expected a finite number from 0, got -1\.0$"):
+        pair(kl_weight=-1.0)
+
+
+def test_wake_sleep_refuses_gradients_through_the_model() -> None:
+    model, guide, x = pair(steps=2, differentiable=True)
+    with pytest.raises(ValueError, match=r"^guide: .*SemiAmortizedGuide with differentiable=True"):
+        WakeSleep(3).loss_and_grads(model, guide, x)
+    model, guide, x = pair(steps=2, differentiable=False)
+    assert WakeSleep(3).loss_and_grads(model, guide, x).isfinite()

@@ -18,7 +18,8 @@ class TVO(Estimator):
 
     .. math:: \sum_s (\beta_{s+1} - \beta_s) \, E_{\pi_{\beta_s}}[\log w], \quad \pi_\beta \propto q w^\beta
 
-    with self-normalised weights. With the same draws it lies between the ELBO, which is one partition, and
+    with self-normalised weights; its first term is a share of the ELBO, so that one draw of weight zero makes
+    the value -inf. With the same draws it lies between the ELBO, which is one partition, and
     the IWAE. The gradient is that of this K-sample objective; sites that are not reparameterised
     have the score function with leave-one-out baselines.
 
@@ -67,7 +68,10 @@ class TVO(Estimator):
             device=log_weights.device,
         )
         ends = inner if self.num_partitions > 1 else torch.ones_like(inner)
-        starts = torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
         column = (-1,) + (1,) * log_weights.dim()
-        shares = (starts.view(column) * log_weights).softmax(1)
-        return ((ends - starts).view(column[:-1]) * (shares * log_weights).sum(1)).sum(0)
+        bound = ends[0] * log_weights.mean(0)  # at beta = 0 all draws have the same share
+        # draws of weight zero have none at beta > 0
+        possible = torch.where(log_weights.isneginf(), 0.0, log_weights)
+        logits = ends[:-1].view(column) * log_weights.clamp(min=-1e30)
+        terms = (logits.softmax(1) * possible).sum(1)
+        return bound + (ends.diff().view(column[:-1]) * terms).sum(0)

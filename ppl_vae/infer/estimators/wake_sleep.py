@@ -38,7 +38,8 @@ class WakeSleep(Estimator):
 
     Raises:
         ValueError: if ``sleep`` is not in [0, 1], or 1 with ``dreg``. On a run, for sleep-phi, if the
-            model can't be called as ``model(None, size=n)``.
+            model can't be called as ``model(None, size=n)``; for a guide whose gradients go through the model,
+            ``SemiAmortizedGuide(differentiable=True)``, since its phases would train the model.
     """
 
     def __init__(self, num_particles: int = 5, *, sleep: float = 0.0, dreg: bool = False) -> None:
@@ -67,6 +68,13 @@ class WakeSleep(Estimator):
 
     def differentiable_loss(self, model: Program, guide: Program, *batch: Tensor) -> Tensor:
         """Return the loss, a scalar, whose gradient is the estimator's."""
+        program = inspect.unwrap(guide)
+        for part in program.modules() if isinstance(program, nn.Module) else ():
+            if getattr(part, "differentiable", False) and "model" in vars(part):
+                raise ValueError(
+                    f"guide: expected one whose gradients leave the model alone, got {type(part).__name__} with "
+                    "differentiable=True; give it differentiable=False"
+                )
         loss = super().differentiable_loss(model, guide, *batch)
         if not self.sleep or not torch.is_grad_enabled():
             return loss
