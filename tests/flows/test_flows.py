@@ -38,12 +38,15 @@ from ppl_vae.flows.flow import Flow
 
 Make = Callable[[int, int | None, int], Flow]
 
+# so few relus, InverseAutoregressive's default, might all be off
 FLOWS: dict[str, Make] = {
     "AffineCoupling": lambda d, c, depth: AffineCoupling(d, c, depth, hidden=(9, 8)),
     "BlockNeuralAutoregressive": lambda d, c, depth: BlockNeuralAutoregressive(d, c, depth, hidden=(4, 3)),
     "Continuous": lambda d, c, depth: Continuous(d, c, hidden=8, steps=20 * depth),
     "Householder": lambda d, c, depth: Householder(d, c, depth),
-    "InverseAutoregressive": lambda d, c, depth: InverseAutoregressive(d, c, depth, hidden=8),
+    "InverseAutoregressive": lambda d, c, depth: InverseAutoregressive(
+        d, c, depth, hidden=8, activation="elu"
+    ),
     "MaskedAutoregressive": lambda d, c, depth: MaskedAutoregressive(d, c, depth, hidden=(8,)),
     "NeuralAutoregressive": lambda d, c, depth: NeuralAutoregressive(d, c, depth, hidden=8, units=4),
     "Planar": lambda d, c, depth: Planar(d, c, depth),
@@ -234,9 +237,9 @@ def test_starts_near_the_identity(name: str) -> None:
 @settings(max_examples=8)
 @given(d=st.integers(1, 5), c=st.sampled_from([None, 2]))
 def test_layers_are_autoregressive(name: str, d: int, c: int | None) -> None:
-    flow, context = flow_of(name, d, c, 2), context_of(c)
+    flow, context, x = flow_of(name, d, c, 2), context_of(c), normal(d)
     for i, part in enumerate(flow.parts(context)):
-        found = sum(jacobian(part, 3 * normal(d)).abs() for _ in range(8))  # a relu is flat in places
+        found = jacobian(part, x)
         triangle = torch.ones(d, d).tril() if i % 2 == 0 else torch.ones(d, d).triu()
         assert torch.equal(found != 0, triangle.bool())
 
