@@ -64,15 +64,18 @@ class Split:
         y = "" if self.y is None else f", y={list(self.y.shape)}"
         return f"Split(x={list(self.x.shape)}{y}{', dynamic' if self.dynamic else ''})"
 
-    def batch(self, index: Tensor) -> tuple[Tensor, ...]:
+    def batch(self, index: Tensor | slice) -> tuple[Tensor, ...]:
         """Return the rows ``index`` ``[m]`` as ``(x,)`` or ``(x, y)``; keep ``index`` on the device of ``x``.
 
-        A dynamic split draws its bits from torch's global generator of that device.
+        The rows of a slice share memory with the data. A dynamic split draws its bits from torch's global
+        generator of that device.
         """
-        x = self.x.index_select(0, index)
-        if self.dynamic:
-            x = torch.bernoulli(x)
-        return (x,) if self.y is None else (x, self.y.index_select(0, index))
+
+        def rows(of: Tensor) -> Tensor:
+            return of[index] if isinstance(index, slice) else of.index_select(0, index)
+
+        x = torch.bernoulli(rows(self.x)) if self.dynamic else rows(self.x)
+        return (x,) if self.y is None else (x, rows(self.y))
 
     def to(self, device: torch.device | str) -> "Split":
         """Return the split on ``device``."""
@@ -256,8 +259,10 @@ def batches(
     """
     if isinstance(data, Split):
         data, batch_size = data.to(device), check_positive_int("batch_size", batch_size)
-        order = (torch.randperm if shuffle else torch.arange)(len(data), device=device)
-        yield from map(data.batch, order.split(batch_size))
+        if shuffle:
+            yield from map(data.batch, torch.randperm(len(data), device=device).split(batch_size))
+        else:
+            yield from (data.batch(slice(i, i + batch_size)) for i in range(0, len(data), batch_size))
         return
     for item in data:
         batch = tuple(item) if isinstance(item, (tuple, list)) else (item,)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+from torch import nn
+
 from ppl_vae._checks import did_you_mean
 
 MAX_LENGTH = 1000  # of a list of sizes, each of which costs a layer
@@ -20,7 +22,8 @@ PACKAGES = ("models", "guides", "priors", "likelihoods", "networks", "flows")
 def library_classes() -> dict[str, type]:
     """Return the library's public classes of models, guides and what they are made of, by name."""
     modules = [importlib.import_module(f"ppl_vae.{package}") for package in PACKAGES]
-    return {name: getattr(module, name) for module in modules for name in module.__all__}
+    found = {name: getattr(module, name) for module in modules for name in module.__all__}
+    return {name: value for name, value in found.items() if inspect.isclass(value)}
 
 
 def describe(value: Any) -> Any:
@@ -35,7 +38,7 @@ def describe(value: Any) -> Any:
         return int(value)
     if isinstance(value, Real):
         return float(value)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, nn.ModuleList)):
         return [describe(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}

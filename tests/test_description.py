@@ -65,6 +65,7 @@ def test_describes_a_module_by_its_constructor() -> None:
                 "normalization": None,
                 "dropout": 0.5,
                 "init": None,
+                "context": None,
             },
         },
     }

@@ -13,6 +13,7 @@ import pyro
 import torch
 import torch._inductor
 from pyro.infer import ELBO
+from pyro.infer.util import Dice
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.fx import GraphModule
@@ -161,7 +162,7 @@ def tensors_for_numbers(estimator: Any) -> Iterator[None]:
         for cls in type(estimator).__mro__:
             module = sys.modules[cls.__module__]
             if cls.__module__.startswith("pyro.infer."):
-                for name, instead in (("torch_item", _detached), ("warn_if_nan", lambda *_: None)):
+                for name, instead in _WITHOUT_VALUES.items():
                     if hasattr(module, name):
                         stack.enter_context(mock.patch.object(module, name, instead))
         yield
@@ -169,3 +170,23 @@ def tensors_for_numbers(estimator: Any) -> Iterator[None]:
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) else x
+
+
+class _AllTrue(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func is Tensor.all else func(*args, **(kwargs or {}))
+
+
+class _WholeDice(Dice):
+    """Pyro's sums over enumerated values: over all of them, without a look at which have probability 0."""
+
+    def compute_expectation(self, costs: Any) -> Any:
+        with _AllTrue(), mock.patch.object(pyro.infer.util, "_fulldot", _dot_of_possible):
+            return super().compute_expectation(costs)
+
+
+def _dot_of_possible(probability: Tensor, cost: Tensor) -> Tensor:
+    return (probability * torch.where(probability > 0, cost, 0.0)).sum()
+
+
+_WITHOUT_VALUES = {"torch_item": _detached, "warn_if_nan": lambda *_: None, "Dice": _WholeDice}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppl_vae.likelihoods._logits import event_dims, init_logit_bias
+from ppl_vae.likelihoods._decoder import decode, event_dims, init_logit_bias
 
 
 class _FastBernoulli(dist.Bernoulli):
@@ -52,9 +52,9 @@ class Bernoulli(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, z: Tensor) -> dist.TorchDistribution:
-        """Return the Distribution over x for ``z`` of shape ``[*batch, latent]``."""
-        logits = self.decoder(z)
+    def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        """Return the Distribution over x for ``z`` of shape ``[*batch, latent]``, and a context if any."""
+        logits = decode(self.decoder, z, context)
         return _FastBernoulli(logits=logits).to_event(event_dims(logits, z))
 
     def init_bias(self, x: Tensor) -> None:

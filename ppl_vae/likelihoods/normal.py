@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_choice, check_positive
-from ppl_vae.likelihoods._logits import event_dims
+from ppl_vae.likelihoods._decoder import decode, event_dims, out_shape, split_output
 
 
 class Normal(nn.Module):
@@ -17,10 +17,12 @@ class Normal(nn.Module):
         decoder: network from ``[*batch, latent]`` to the mean, ``[*batch, *event]``. With
             ``scale="network"`` its output has twice the size in the first event dimension: the
             first half is the mean, the second half :math:`\log \sigma`, clamped to [-7, 7].
-        scale: the noise :math:`\sigma`: a number (fixed), ``"learned"`` (one number, trained, from 1)
-            or ``"network"`` (the decoder's second half).
+        scale: the noise :math:`\sigma`: a number (fixed), ``"learned"`` (one number, trained, from 1),
+            ``"elementwise"`` (one for each element of x, trained, from 1; the decoder needs an
+            ``out_shape``) or ``"network"`` (the decoder's second half).
 
     Raises:
+        TypeError: if ``scale`` is ``"elementwise"`` and the decoder has no ``out_shape``.
         ValueError: if ``scale`` is none of these, or not above 0.
 
     Example:
@@ -30,30 +32,34 @@ class Normal(nn.Module):
         torch.Size([3])
     """
 
-    def __init__(self, decoder: nn.Module, scale: float | Literal["learned", "network"] = 1.0) -> None:
+    def __init__(
+        self, decoder: nn.Module, scale: float | Literal["learned", "elementwise", "network"] = 1.0
+    ) -> None:
         super().__init__()
         if isinstance(scale, str):
-            check_choice("scale", scale, ["learned", "network"])
+            check_choice("scale", scale, ["learned", "elementwise", "network"])
         else:
             check_positive("scale", scale)
         self.decoder = decoder
         self.scale = scale
         if scale == "learned":
             self.log_scale = nn.Parameter(torch.zeros(()))
+        elif scale == "elementwise":
+            self.log_scale = nn.Parameter(torch.zeros(out_shape(decoder, "scale")))
 
-    def forward(self, z: Tensor) -> dist.TorchDistribution:
-        """Return the Distribution over x for ``z`` of shape ``[*batch, latent]``."""
-        loc = self.decoder(z)
+    @staticmethod
+    def outputs(scale: float | str = 1.0) -> int:
+        """Return how many outputs of the decoder there are for each value of x, by the same arguments."""
+        return 2 if scale == "network" else 1
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        """Return the Distribution over x for ``z`` of shape ``[*batch, latent]``, and a context if any."""
+        loc = decode(self.decoder, z, context)
         dims = event_dims(loc, z)
         if self.scale == "network":
-            if loc.shape[-dims] % 2:
-                raise ValueError(
-                    "decoder: expected an even size in the first event dimension (mean and log-scale), "
-                    f"got output shape {tuple(loc.shape[-dims:])}"
-                )
-            loc, log_scale = loc.chunk(2, -dims)
+            loc, log_scale = split_output(loc, z, 2, "mean, log-scale").unbind()
             scale = log_scale.clamp(-7.0, 7.0).exp()
-        elif self.scale == "learned":
+        elif isinstance(self.scale, str):
             scale = self.log_scale.exp().expand_as(loc)
         else:
             scale = torch.full_like(loc, self.scale)

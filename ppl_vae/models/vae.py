@@ -52,3 +52,16 @@ class VAE(Program):
                     f"got {tuple(x.shape[1:])}"
                 )
             return pyro.sample("x", x_given_z, obs=x)
+
+    def with_prior(self, prior: nn.Module) -> "VAE":
+        """Return a model of this likelihood, the same module, and another prior.
+
+        For a prior that is fitted after training, to draws of the aggregate posterior say. Both models have
+        the likelihood's parameters; neither is changed.
+
+        Args:
+            prior: module whose ``forward()`` returns a Distribution over ``z``, event shape ``[latent]``.
+        """
+        model = VAE(prior, self.likelihood)
+        model.training = self.training
+        return model

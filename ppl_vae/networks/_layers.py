@@ -1,8 +1,11 @@
-"""What the networks share: option checks, the end of a hidden layer, initialisation, batch shapes."""
+"""What the networks share: options, the end of a hidden layer, initialisation, batch shapes, contexts."""
 
 import math
 from numbers import Real
 
+import torch
+import torch.nn.functional as F
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_choice
@@ -84,3 +87,62 @@ def batch_shape(x: Tensor, event: tuple[int, ...]) -> tuple[int, ...]:
         expected = ", ".join(map(str, ("*batch", *event)))
         raise ValueError(f"x: expected shape [{expected}], got {list(x.shape)}")
     return x.shape[:split]
+
+
+class JointLinear(nn.Linear):
+    """A linear layer of an input and a context that follow each other, whose batch shapes broadcast.
+
+    The two halves are multiplied apart: an input ``[n, d]`` is multiplied once, however many contexts
+    ``[classes, 1, c]`` it meets.
+    """
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
+        """Map ``[*batch, d]`` and ``[*batch, c]`` to ``[*batch, out_features]``."""
+        d = x.shape[-1]
+        return F.linear(x, self.weight[:, :d], self.bias) + F.linear(context, self.weight[:, d:])
+
+
+def encode_context(context: Tensor | None, size: int, batch: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return a context as numbers, ``[*batch, size]``: labels one-hot, other tensors flattened.
+
+    Args:
+        context: integer labels in [0, size), or a tensor ``[n, *shape]`` of ``size`` numbers per datum.
+        size: what the network expects.
+        batch: the input's batch shape, with which the context's is to broadcast.
+        like: a tensor of the dtype wanted.
+
+    Raises:
+        ValueError: if there is no context, or one of another size, or a label out of range; labels are
+            looked at while Pyro validates.
+    """
+    if context is None:
+        raise ValueError(f"context: expected labels in [0, {size}) or {size} numbers per datum, got none")
+    if context.is_floating_point() or context.dtype == torch.bool:
+        if context.dim() == 0 or math.prod(context.shape[1:]) != size:
+            raise ValueError(
+                f"context: expected integer labels in [0, {size}), or {size} numbers per datum, "
+                f"[n, {size}], got {list(context.shape)} of {context.dtype}"
+            )
+        encoded = context.reshape(len(context), size).to(like.dtype)
+    else:
+        if is_validation_enabled() and not context.is_meta:
+            outside = (context < 0) | (context >= size)
+            if outside.any():
+                raise ValueError(f"context: expected labels in [0, {size}), got {int(context[outside][0])}")
+        encoded = (context.unsqueeze(-1) == torch.arange(size, device=context.device)).to(like.dtype)
+    try:
+        torch.broadcast_shapes(batch, encoded.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"context: expected a batch shape like the input's {list(batch)}, got {list(encoded.shape[:-1])}"
+        ) from None
+    return encoded
+
+
+def refuse_context(context: Tensor | None) -> None:
+    """Raise if a network that was made without a context is given one."""
+    if context is not None:
+        raise ValueError(
+            f"context: expected none, since the network was made with context=None, "
+            f"got a tensor of shape {list(context.shape)}"
+        )

@@ -2,13 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int, check_sizes
-from ppl_vae.networks._layers import batch_shape, check_options, finish, initialize
+from ppl_vae.networks._layers import (
+    JointLinear,
+    batch_shape,
+    check_options,
+    encode_context,
+    finish,
+    initialize,
+    refuse_context,
+)
 
 
 class ConvEncoder(nn.Module):
@@ -29,10 +38,13 @@ class ConvEncoder(nn.Module):
         normalization: None, "batch" or "layer".
         dropout: probability that a unit is dropped, in [0, 1).
         init: None (PyTorch's default), "xavier" or "he" (biases zero).
+        context: None, or the size of a context that is appended to the image as constant channels: the number
+            of classes of integer labels, which are one-hot encoded, or of other tensors' numbers per datum.
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if an argument has a value that is not allowed, or ``x`` has another event shape.
+        ValueError: if an argument has a value that is not allowed, ``x`` has another event shape, or a
+            context is missing, unexpected, of another size or out of range.
 
     References:
         Group normalization (Wu and He, 2018), arXiv:1803.08494.
@@ -54,10 +66,12 @@ class ConvEncoder(nn.Module):
         normalization: str | None = None,
         dropout: float = 0.0,
         init: str | None = "xavier",
+        context: int | None = None,
     ) -> None:
         super().__init__()
         self._event = _check_image("in_shape", in_shape)
-        widths = (self._event[0], *_check_channels(channels))
+        more = 0 if context is None else check_positive_int("context", context)
+        widths = (self._event[0] + more, *_check_channels(channels))
         self.out_features = check_positive_int("hidden", hidden)
         check_options(activation, normalization, dropout, init)
         self.in_shape = in_shape
@@ -67,6 +81,7 @@ class ConvEncoder(nn.Module):
         self.normalization = normalization
         self.dropout = dropout
         self.init = init
+        self.context = context
 
         bias = normalization != "batch"  # batch normalisation subtracts the mean: no bias before it
         layers: list[nn.Module] = []
@@ -79,10 +94,24 @@ class ConvEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
         initialize(self, init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[*batch, C, H, W]`` to ``[*batch, hidden]``."""
-        batch = batch_shape(x, self._event)
-        y: Tensor = self.layers(x.reshape((math.prod(batch), *self._event)))
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map ``[*batch, C, H, W]`` to ``[*batch, hidden]``.
+
+        Args:
+            x: the images.
+            context: labels ``[*batch]`` or other tensors ``[n, *shape]``, if the network was made for them;
+                batch shapes broadcast.
+        """
+        batch, event = batch_shape(x, self._event), self._event
+        if self.context is None:
+            refuse_context(context)
+        else:
+            joint = encode_context(context, self.context, batch, x)
+            batch = torch.broadcast_shapes(batch, joint.shape[:-1])
+            channels = joint[..., None, None].expand((*batch, self.context, *event[1:]))
+            x = torch.cat([x.expand((*batch, *event)), channels], -3)
+            event = (event[0] + self.context, *event[1:])
+        y: Tensor = self.layers(x.reshape((math.prod(batch), *event)))
         return y.reshape((*batch, self.out_features))
 
 
@@ -103,10 +132,13 @@ class ConvDecoder(nn.Module):
         normalization: None, "batch" or "layer".
         dropout: probability that a unit is dropped, in [0, 1).
         init: None (PyTorch's default), "xavier" or "he" (biases zero).
+        context: None, or the size of a context that follows the input into the first layer: the number of
+            classes of integer labels, which are one-hot encoded, or of other tensors' numbers per datum.
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if an argument has a value that is not allowed, or ``x`` has another event shape.
+        ValueError: if an argument has a value that is not allowed, ``x`` has another event shape, or a
+            context is missing, unexpected, of another size or out of range.
 
     References:
         Group normalization (Wu and He, 2018), arXiv:1803.08494.
@@ -129,6 +161,7 @@ class ConvDecoder(nn.Module):
         normalization: str | None = None,
         dropout: float = 0.0,
         init: str | None = "xavier",
+        context: int | None = None,
     ) -> None:
         super().__init__()
         self._in_event = check_sizes("in_shape", in_shape)
@@ -144,10 +177,17 @@ class ConvDecoder(nn.Module):
         self.normalization = normalization
         self.dropout = dropout
         self.init = init
+        self.context = context
 
         bias = normalization != "batch"  # batch normalisation subtracts the mean: no bias before it
         smallest, *sizes = reversed(_sizes(self._out_event, len(widths) - 1))
-        layers: list[nn.Module] = [nn.Linear(math.prod(self._in_event), features, bias=bias)]
+        size = math.prod(self._in_event)
+        first = (
+            nn.Linear(size, features, bias=bias)
+            if context is None
+            else JointLinear(size + check_positive_int("context", context), features, bias=bias)
+        )
+        layers: list[nn.Module] = [first]
         layers += finish(features, activation, normalization, dropout)
         layers.append(nn.Linear(features, widths[0] * math.prod(smallest)))
         layers.append(nn.Unflatten(1, (widths[0], *smallest)))
@@ -166,10 +206,25 @@ class ConvDecoder(nn.Module):
         """Bias of the last layer, ``[C]``."""
         return cast(nn.Parameter, self.layers[-1].bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[*batch, *in_shape]`` to ``[*batch, C, H, W]``."""
-        batch = batch_shape(x, self._in_event)
-        y: Tensor = self.layers(x.reshape((math.prod(batch), math.prod(self._in_event))))
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map ``[*batch, *in_shape]`` to ``[*batch, C, H, W]``.
+
+        Args:
+            x: the input.
+            context: labels ``[*batch]`` or other tensors ``[n, *shape]``, if the network was made for them;
+                batch shapes broadcast.
+        """
+        batch, size = batch_shape(x, self._in_event), math.prod(self._in_event)
+        if self.context is None:
+            refuse_context(context)
+            y: Tensor = self.layers(x.reshape((math.prod(batch), size)))
+            return y.reshape((*batch, *self._out_event))
+        joint = encode_context(context, self.context, batch, x)
+        y = self.layers[0](x.reshape((*batch, size)), joint)
+        batch = y.shape[:-1]
+        y = y.reshape((math.prod(batch), y.shape[-1]))
+        for layer in islice(self.layers, 1, None):
+            y = layer(y)
         return y.reshape((*batch, *self._out_event))
 
 

@@ -2,7 +2,7 @@
 
 import pyro.distributions as dist
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
 
@@ -24,13 +24,17 @@ class StandardNormal(nn.Module):
         torch.Size([2])
     """
 
-    loc: torch.Tensor
+    loc: Tensor
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
         self.register_buffer("loc", torch.zeros(latent_dim))
 
-    def forward(self) -> dist.TorchDistribution:
-        """Return the Distribution, with batch shape ``[]`` and event shape ``[latent]``."""
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        """Return the Distribution, with batch shape ``[]`` and event shape ``[latent]``.
+
+        Args:
+            context: what the model is conditioned on, if anything; the prior is independent of it.
+        """
         return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)

@@ -2,7 +2,7 @@
 
 import pyro.distributions as dist
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppl_vae.distributions import HypersphericalUniform
 from ppl_vae.distributions.hyperspherical_uniform import check_sphere
@@ -27,13 +27,17 @@ class UniformSphere(nn.Module):
         torch.Size([3])
     """
 
-    zero: torch.Tensor
+    zero: Tensor
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         self.latent_dim = check_sphere("latent_dim", latent_dim)
         self.register_buffer("zero", torch.zeros(()))
 
-    def forward(self) -> dist.TorchDistribution:
-        """Return the Distribution, with batch shape ``[]`` and event shape ``[latent]``."""
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        """Return the Distribution, with batch shape ``[]`` and event shape ``[latent]``.
+
+        Args:
+            context: what the model is conditioned on, if anything; the prior is independent of it.
+        """
         return HypersphericalUniform(self.latent_dim, dtype=self.zero.dtype, device=self.zero.device)

@@ -1,11 +1,12 @@
 """Saved runs: a folder of plain data (YAML, safetensors, CSV), each file written whole or not at all."""
 
+import contextlib
 import csv
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ppl_vae.description import build
+from ppl_vae.description import build, describe
 from ppl_vae.infer.objective import Objective
 from ppl_vae.infer.placing import check_device
 from ppl_vae.infer.running import Program
@@ -63,6 +64,15 @@ class Run:
     path: Path | None = None
     interrupted: bool = False
 
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            for part, held in _held_guides(self.model):
+                if not any(held is known for known in _modules(self.guide)):
+                    raise ValueError(
+                        f"model: expected a {type(part).__name__} of the guide that is saved with the model, "
+                        f"got one of another {type(held).__name__}; set its `guide`, or give no `output`"
+                    )
+
     def __repr__(self) -> str:
         names = [getattr(p, "__name__", type(p).__name__) for p in (self.model, self.guide)]
         where = f", path={str(self.path)!r}" if self.path else ""
@@ -71,12 +81,19 @@ class Run:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old or the new content, whatever ends the process."""
-    temporary(path).unlink(missing_ok=True)  # "xb" follows no link that a stranger put there
-    with open(temporary(path), "xb") as file:
+    with _replacing(path) as new, open(new, "xb") as file:
         file.write(content)
-        file.flush()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give the path of a new file, which takes the old one's place once it is whole on the disk."""
+    new = temporary(path)
+    new.unlink(missing_ok=True)  # a link that a stranger put there is not followed
+    yield new
+    with open(new, "r+b") as file:
         os.fsync(file.fileno())
-    os.replace(temporary(path), path)
+    os.replace(new, path)
 
 
 def temporary(path: Path) -> Path:
@@ -91,8 +108,17 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Any = None) -> None:
     """Write tensors and, in the file's header, a state of plain data."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write(path, safetensors.torch.save(plain, {"state": json.dumps(state)}))
+    plain: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().contiguous()
+        whole = values.untyped_storage()
+        if whole.data_ptr() in memory or whole.nbytes() != values.nbytes:  # shared memory is refused
+            values = values.clone()
+        memory.add(whole.data_ptr())
+        plain[name] = values
+    with _replacing(path) as new:
+        safetensors.torch.save_file(plain, new, {"state": json.dumps(state)})
 
 
 def write_history(folder: Path, history: list[Record]) -> None:
@@ -290,10 +316,37 @@ def load_run(
     for part in pair[1].modules() if isinstance(pair[1], nn.Module) else ():
         if isinstance(vars(part).get("model"), nn.Module):  # a reference, which was built apart
             part.model = pair[0]  # type: ignore[assignment]
+    for part, held in _held_guides(pair[0]):
+        _hold_loaded_guide(part, held, pair[1])
     epoch = state.get("epoch") if isinstance(state, dict) else None
     if type(epoch) is not int or epoch < 1:
         raise ValueError(f"{folder / MODEL}: expected the epoch in its header, got {state!r}")
     return Run(*pair, read_history(folder), epoch, config, folder)
+
+
+def _modules(program: Any) -> list[nn.Module]:
+    return list(program.modules()) if isinstance(program, nn.Module) else []
+
+
+def _held_guides(model: Any) -> list[tuple[Any, nn.Module]]:
+    """Return the parts of a model that refer to a guide, which they do not register, each with its guide."""
+    held = [(part, vars(part).get("guide")) for part in _modules(model)]
+    return [(part, guide) for part, guide in held if isinstance(guide, nn.Module)]
+
+
+def _hold_loaded_guide(part: Any, held: nn.Module, guide: Any) -> None:
+    """Let a part of a loaded model refer to the loaded guide, or to what that one is made of."""
+    candidates = _modules(guide)
+    if any(held is known for known in candidates):
+        return
+    wanted = describe(held)
+    found = next((known for known in candidates if describe(known) == wanted), None)
+    if found is None:
+        raise ValueError(
+            f"model: expected the guide of its {type(part).__name__}, a {type(held).__name__}, in "
+            "the run's guide; pass the model as `model=`"
+        )
+    part.guide = found
 
 
 def _build_and_fill(

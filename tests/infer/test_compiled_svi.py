@@ -33,7 +33,7 @@ PYROS = {
     "TraceMeanField_ELBO": TraceMeanField_ELBO,
     "vectorised": lambda: Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1),
 }
-EVERY = {name: make for name, make in ESTIMATORS.items() if name != "EnumELBO"} | PYROS
+EVERY = ESTIMATORS | PYROS
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,22 @@ def test_learned_scale_is_one_number_from_one() -> None:
     assert torch.equal(likelihood(torch.zeros(5, 2)).stddev, torch.ones(5, 3, 4))
 
 
+def test_elementwise_scale_has_one_number_for_each_element_from_one() -> None:
+    likelihood = Normal(MLP(2, (3, 4)), scale="elementwise")
+    assert likelihood.log_scale.shape == (3, 4)
+    assert torch.equal(likelihood(torch.zeros(5, 2)).stddev, torch.ones(5, 3, 4))
+    with torch.no_grad():
+        likelihood.log_scale.copy_(torch.arange(12.0).reshape(3, 4).log1p())
+    scale = likelihood(torch.zeros(6, 5, 2)).stddev
+    torch.testing.assert_close(scale, torch.arange(1.0, 13.0).reshape(3, 4).expand(6, 5, 3, 4))
+
+
+def test_elementwise_scale_needs_the_shape_of_x() -> None:
+    message = r"^scale: needs a decoder with an `out_shape`, the shape of x, got Linear$"
+    with pytest.raises(TypeError, match=message):
+        Normal(nn.Linear(2, 3), scale="elementwise")
+
+
 def test_learned_scale_has_its_maximum_at_the_residual() -> None:
     likelihood = Normal(nn.Identity(), scale="learned").double()
     x = torch.randn(10, 4).double()
@@ -70,7 +86,7 @@ def test_log_scale_of_the_network_is_clamped(start: float, clamped: float) -> No
 
 def test_odd_output_of_the_network() -> None:
     message = (
-        r"^decoder: expected an even size in the first event dimension \(mean and log-scale\), "
+        r"^decoder: expected a multiple of 2 in the first event dimension \(mean, log-scale\), "
         r"got output shape \(3, 4\)$"
     )
     with pytest.raises(ValueError, match=message):

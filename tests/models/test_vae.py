@@ -12,6 +12,7 @@ from ppl_vae.likelihoods import Bernoulli, Normal
 from ppl_vae.models import VAE
 from ppl_vae.networks import MLP, ConvDecoder
 from ppl_vae.priors import StandardNormal
+from ppl_vae.priors.gaussian_mixture import GaussianMixture
 
 
 def test_density_is_prior_times_likelihood() -> None:
@@ -56,3 +57,21 @@ def test_needs_data_or_a_size() -> None:
         ValueError, match=r"^size: expected the number of data to draw when x is None, got None$"
     ):
         VAE(StandardNormal(2), Bernoulli(MLP(2, 3)))()
+
+
+def test_with_prior_has_the_same_likelihood_and_changes_neither_model() -> None:
+    model = VAE(StandardNormal(2), Normal(MLP(2, 3, hidden=4), scale=0.5)).double().eval()
+    first = model.prior
+    prior = GaussianMixture(2, 3).double()
+    other = model.with_prior(prior)
+    assert type(other) is VAE and other is not model
+    assert other.likelihood is model.likelihood and other.prior is prior and model.prior is first
+    assert not other.training and prior.training and not model.likelihood.training
+    x, z = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    traces = [poutine.trace(poutine.condition(m, {"z": z})).get_trace(x) for m in (model, other)]
+    for trace in traces:
+        trace.compute_log_prob()
+    torch.testing.assert_close(traces[1].nodes["z"]["log_prob"], prior().log_prob(z))
+    assert torch.equal(traces[0].nodes["x"]["log_prob"], traces[1].nodes["x"]["log_prob"])
+    names = [{name for name, site in t.nodes.items() if site["type"] == "param"} for t in traces]
+    assert names[0] and names[1] and not names[0] & names[1]

@@ -252,7 +252,7 @@ def test_constructor_arguments_are_attributes(kind: type[nn.Module]) -> None:
     if kind is ConvDecoder:
         shapes = {"in_shape": (2, 3), "out_shape": (1, 5, 6)}
     options = {"activation": "elu", "normalization": "batch", "dropout": 0.25, "init": "he"}
-    arguments = {**shapes, "hidden": 7, "channels": [3], **options}
+    arguments = {**shapes, "hidden": 7, "channels": [3], **options, "context": None}
     net = kind(**arguments)
     assert list(inspect.signature(kind).parameters) == list(arguments)
     assert all(getattr(net, name) is value for name, value in arguments.items())

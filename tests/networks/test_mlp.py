@@ -193,6 +193,7 @@ def test_constructor_arguments_are_attributes() -> None:
         "normalization": "batch",
         "dropout": 0.25,
         "init": "he",
+        "context": None,
     }
     net = MLP(**arguments)
     assert list(inspect.signature(MLP).parameters) == list(arguments)

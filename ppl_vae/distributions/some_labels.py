@@ -1,0 +1,39 @@
+"""Labels of which some are missing."""
+
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+
+class SomeLabels(dist.TorchDistribution):
+    """Labels of which some are missing, -1: a missing one has probability 1, whatever it would be.
+
+    Args:
+        log_probs: log p(y) of each class, normalised, ``[*batch, num_classes]``.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, log_probs: Tensor, validate_args: bool | None = None) -> None:
+        self.log_probs = log_probs
+        super().__init__(log_probs.shape[:-1], torch.Size(), validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> Any:
+        """Whole numbers from -1."""
+        return constraints.integer_interval(-1, self.log_probs.shape[-1] - 1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "SomeLabels":
+        """Return the distribution of another batch shape."""
+        return SomeLabels(self.log_probs.expand((*batch_shape, self.log_probs.shape[-1])), False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p(y), 0 where y is missing."""
+        if self._validate_args:
+            self._validate_sample(value)
+        classes = torch.arange(self.log_probs.shape[-1], device=value.device)
+        chosen = value.unsqueeze(-1) == classes
+        return torch.where(chosen, self.log_probs, 0.0).sum(-1)
