@@ -67,12 +67,13 @@ class Split:
     def batch(self, index: Tensor | slice) -> tuple[Tensor, ...]:
         """Return the rows ``index`` ``[m]`` as ``(x,)`` or ``(x, y)``; keep ``index`` on the device of ``x``.
 
-        The rows of a slice share memory with the data. A dynamic split draws its bits from torch's global
-        generator of that device.
+        A dynamic split draws its bits from torch's global generator of that device.
         """
 
         def rows(of: Tensor) -> Tensor:
-            return of[index] if isinstance(index, slice) else of.index_select(0, index)
+            if isinstance(index, slice):  # a copy too, which programs may change
+                return of[index].clone(memory_format=torch.contiguous_format)
+            return of.index_select(0, index)
 
         x = torch.bernoulli(rows(self.x)) if self.dynamic else rows(self.x)
         return (x,) if self.y is None else (x, rows(self.y))
@@ -297,6 +298,11 @@ def semi_supervised(split: Split, labels: int = 100, *, seed: int = 0, repeat: i
     seed = check_seed(seed)
     if split.y is None:
         raise ValueError("split: expected data with labels, got y=None")
+    if not _is_integer(split.y) or split.y.shape != (len(split),):
+        raise ValueError(
+            f"split: expected an integer label y per datum, [{len(split)}], got {split.y.dtype} "
+            f"{list(split.y.shape)}"
+        )
     y = split.y.cpu().numpy()
     generator = np.random.RandomState(seed)
     classes = generator.permutation(np.unique(y[y >= 0]))

@@ -1,7 +1,7 @@
 """The base of the library's models and guides."""
 
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.nn import PyroModule
@@ -30,6 +30,25 @@ class Program(PyroModule):
         for module in self.modules():
             if isinstance(module, PyroModule):
                 module._pyro_name = new + module._pyro_name.removeprefix(old)
+
+
+class Referring(Program):
+    """A program with attributes that it does not register, even if they are modules.
+
+    ``parameters()``, ``state_dict()``, ``train()`` and ``to()`` leave them alone. ``copy.deepcopy`` copies
+    them as any attribute: what is copied together, as a model and its guide, stays together.
+
+    Attributes:
+        references: their names, which a subclass sets.
+    """
+
+    references: ClassVar[tuple[str, ...]] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.references:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def batch_size(x: torch.Tensor | None, size: int | None) -> int:

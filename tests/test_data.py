@@ -28,6 +28,7 @@ from ppl_vae.data import (
     check_data,
     load_dataset,
     num_batches,
+    semi_supervised,
 )
 
 FILES = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -802,3 +803,17 @@ def test_any_image_set_can_be_binarized(tmp_path: Path, binarization: str | None
     (x,) = data.train.batch(torch.arange(8))
     bits = set(x.unique().tolist()) <= {0.0, 1.0}
     assert bits == (binarization is not None)
+
+
+@pytest.mark.parametrize("y", [torch.rand(30), torch.randn(30, 4), torch.zeros(30, 2, dtype=torch.long)])
+def test_semi_supervised_refuses_what_is_no_label_per_datum(y: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^split: expected an integer label y per datum, \[30\], got"):
+        semi_supervised(Split(torch.rand(30, 2), y), labels=2)
+
+
+def test_batches_in_order_are_contiguous_copies() -> None:
+    x = torch.rand(7, 2, 3).transpose(1, 2)
+    for (batch,) in batches(Split(x), 3, device="cpu", shuffle=False):
+        assert batch.is_contiguous()
+        batch.zero_()
+    assert (x != 0).any()

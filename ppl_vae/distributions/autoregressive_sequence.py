@@ -66,7 +66,7 @@ class AutoregressiveSequence(dist.TorchDistribution):
         """Return the Distribution of a larger batch shape."""
         z = self.z.expand((*batch_shape, self.z.shape[-1]))
         return type(self)(
-            self.decoder, self.emission, z, self.lengths, self.max_length, self.step, validate_args=False
+            self.decoder, self.emission, z, self.lengths, self.max_length, self.step, self._validate_args
         )
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class SomeLabels(dist.TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "SomeLabels":
         """Return the distribution of another batch shape."""
-        return SomeLabels(self.log_probs.expand((*batch_shape, self.log_probs.shape[-1])), False)
+        log_probs = self.log_probs.expand((*batch_shape, self.log_probs.shape[-1]))
+        return SomeLabels(log_probs, self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(y), 0 where y is missing."""

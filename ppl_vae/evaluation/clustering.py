@@ -83,7 +83,7 @@ def contingency_table(clusters: Tensor, y: Tensor) -> Tensor:
                 [1, 1]])
     """
     _check(clusters, y)
-    clusters, y = clusters.cpu(), y.cpu()
+    clusters, y = clusters.long().cpu(), y.long().cpu()
     rows, columns = int(clusters.max()) + 1, int(y.max()) + 1
     return torch.bincount(clusters * columns + y, minlength=rows * columns).view(rows, columns)
 

@@ -24,11 +24,11 @@ class Samples:
 
     Attributes:
         x: draws at the site "x", ``[n, *event]``.
-        mean: means of the likelihood that they were drawn from, ``[n, *event]``.
+        mean: means of the likelihood that they were drawn from, ``[n, *event]``; None if it has none.
     """
 
     x: Tensor
-    mean: Tensor
+    mean: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,8 @@ def sample(model: Program, size: int) -> Samples:
         size: how many data to draw.
 
     Returns:
-        Draws and means, each ``[size, *event]``, on the CPU.
+        Draws and means, each ``[size, *event]``, on the CPU; no means if the likelihood has none, as an
+        autoregressive one of sequences.
 
     Raises:
         TypeError: if the model can't be called as ``model(None, size=size)``.
@@ -109,8 +110,12 @@ def sample(model: Program, size: int) -> Samples:
     size = check_positive_int("size", size)
     with evaluating(model):
         trace = _draw(model, size)
-        drawn, mean = _site(trace, "x", "model")["value"], _mean(trace)
-    return Samples(drawn.cpu(), mean.cpu())
+        drawn = _site(trace, "x", "model")["value"]
+        try:
+            mean = _mean(trace).cpu()
+        except NotImplementedError:
+            mean = None
+    return Samples(drawn.cpu(), mean)
 
 
 def reconstruct(model: Program, guide: Program, *batch: Any) -> Reconstructions:
@@ -127,6 +132,7 @@ def reconstruct(model: Program, guide: Program, *batch: Any) -> Reconstructions:
     Raises:
         TypeError: if the batch doesn't start with a tensor.
         ValueError: if the model has no site "x".
+        NotImplementedError: if the likelihood has no mean.
 
     Example:
         >>> from ppl_vae.guides import MeanFieldGuide
@@ -229,6 +235,12 @@ def traverse(
         grid = start.expand(len(moved), len(steps), len(z)).clone()
         for row, dim in zip(grid, moved, strict=True):
             row[:, dim] = steps
+        if sphere and not (possible := grid.any(-1)).all():
+            row, step = (~possible).nonzero()[0].tolist()
+            raise ValueError(
+                f"values: expected points that have a direction, got zeros where dimension {moved[row]} is "
+                f"{float(steps[step])}: start from another z"
+            )
         x = _decode(model, prior, F.normalize(grid, dim=-1) if sphere else grid)
     return Traversal(x, steps.cpu(), torch.tensor(moved))
 
@@ -343,7 +355,9 @@ def _mean(trace: Trace) -> Tensor:
     try:
         mean: Tensor = distribution.mean
     except NotImplementedError:
-        raise NotImplementedError(f"model: site 'x' has no mean: {distribution}") from None
+        raise NotImplementedError(
+            f"model: site 'x' has no mean that {type(distribution).__name__} knows, only draws"
+        ) from None
     return mean
 
 

@@ -8,10 +8,10 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from ppl_vae.guides._references import Referring
 from ppl_vae.guides.hierarchical import make_heads
 from ppl_vae.guides.mean_field import mean_field
 from ppl_vae.models.hierarchical import HierarchicalVAE
+from ppl_vae.program import Referring
 
 
 class LadderGuide(Referring):

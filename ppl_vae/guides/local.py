@@ -11,9 +11,9 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
-from ppl_vae.guides._references import Referring
 from ppl_vae.guides.amortized import AmortizedGuide
 from ppl_vae.guides.mean_field import mean_field
+from ppl_vae.program import Referring
 
 START = 0.01  # the standard deviation of the first values
 

@@ -12,9 +12,9 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from ppl_vae.guides._references import Referring
 from ppl_vae.infer.running import Program as AnyProgram
 from ppl_vae.infer.running import calls_of_modules, in_own_store, latent_sites, observed_sites, without_table
+from ppl_vae.program import Referring
 
 
 class ModelBasedGuide(Referring):

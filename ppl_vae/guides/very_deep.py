@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_sizes
-from ppl_vae.guides._references import Referring
 from ppl_vae.models.very_deep import VeryDeepVAE, normal_image
 from ppl_vae.networks.residual import ResidualConv
+from ppl_vae.program import Referring
 
 
 class VeryDeepGuide(Referring):

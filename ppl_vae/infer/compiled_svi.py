@@ -1,8 +1,8 @@
 """Stochastic variational inference whose steps are traced once and compiled."""
 
 import functools
+import operator
 import time
-import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ppl_vae._warnings import warn
 from ppl_vae.data import Split
 from ppl_vae.infer.cuda_graphs import Replay, is_capturable, prepare, tensors_of
 from ppl_vae.infer.estimator import Estimator
@@ -83,13 +84,14 @@ class CompiledSVI(SVI):
         self._held: dict[int, Tensor] = {}  # the tensors of all graphs
         self._written: set[tuple[int, str]] = set()  # attributes that runs leave behind
         self._replays: dict[Any, Replay] = {}
-        self._examples: dict[Hashable, tuple[Split, tuple[Tensor, ...]]] = {}  # batches, for their shapes
+        self._source: tuple[Any, ...] = ()  # the data that replays gather from
+        self._examples: dict[int, tuple[Tensor, ...]] = {}  # batches of it by size, for their shapes
         self._compiled = 0
         self._failure: str | None = None
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("_graphs", "_states", "_held", "_written", "_replays", "_examples", "_state")
+        names = ("_graphs", "_states", "_held", "_written", "_replays", "_source", "_examples", "_state")
         return {name: value for name, value in self.__dict__.items() if name not in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -118,11 +120,14 @@ class CompiledSVI(SVI):
         take = functools.partial(super().step_of, data)
         if not _on_cuda(index):
             return take(index)
-        like = id(data), len(index)
-        if like not in self._examples:
+        source = data.x, data.y, data.dynamic
+        if len(source) != len(self._source) or any(map(operator.is_not, source, self._source)):
+            self._source, self._examples = source, {}
+            self._replays = {key: replay for key, replay in self._replays.items() if key[0] is None}
+        if len(index) not in self._examples:
             with torch.random.fork_rng(devices=_devices((index,))):  # a dynamic split draws
-                self._examples[like] = data, self._rows(data, index)
-        return self._replayed(take, (index,), self._examples[like][1], "loss and parts", id(data))
+                self._examples[len(index)] = self._rows(data, index)
+        return self._replayed(take, (index,), self._examples[len(index)], "loss and parts", "gathered")
 
     def _replayed(
         self,
@@ -277,7 +282,7 @@ class CompiledSVI(SVI):
         """Say, once, why steps are plain."""
         if self._failure and not self._warned:
             message = f"CompiledSVI: {self._failure}; steps are those of SVI"
-            warnings.warn(message, UserWarning, stacklevel=6)
+            warn(message)
             self._warned = True
 
 

@@ -1,6 +1,5 @@
 """Steps replayed as one CUDA graph."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
+
+from ppl_vae._warnings import warn
 
 
 def prepare(optim: Optimizer, device: torch.device, *, capture: bool) -> None:
@@ -84,7 +85,7 @@ class Replay:
         except RuntimeError as error:
             self.fails = True
             reason = " ".join(str(error).split())[:200]
-            warnings.warn(f"CompiledSVI: can't capture the step as a CUDA graph: {reason}", stacklevel=5)
+            warn(f"CompiledSVI: can't capture the step as a CUDA graph: {reason}")
             return
         self.graph = graph
 

@@ -1,6 +1,5 @@
 """The seam: a model, a guide and an ELBO estimator as one module whose forward is the loss."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import StateDict
 from torch import Tensor, nn
 
+from ppl_vae._warnings import warn
 from ppl_vae.infer.running import (
     Program,
     calls_of_modules,
@@ -218,9 +218,7 @@ class Objective(nn.Module):
             if parameter.grad is None
         ]
         if missing:
-            warnings.warn(
-                f"no gradient reaches {', '.join(missing)}: they will not train", UserWarning, stacklevel=5
-            )
+            warn(f"no gradient reaches {', '.join(missing)}: they will not train")
 
 
 def _registered_parameters(trace: poutine.Trace, constrained: Mapping[str, Any]) -> dict[str, nn.Parameter]:
@@ -260,11 +258,7 @@ def _check_reach(
         if p.requires_grad and id(p) not in reached
     ]
     if forgotten:
-        warnings.warn(
-            f"{role}: runs {', '.join(forgotten)} without `pyro.module`: they will not train",
-            UserWarning,
-            stacklevel=4,
-        )
+        warn(f"{role}: runs {', '.join(forgotten)} without `pyro.module`: they will not train")
 
 
 def _scalar(loss: Any, x: Tensor) -> Tensor:

@@ -67,6 +67,13 @@ class RowAdam(torch.optim.Adam):
                 p.grad = gradient
         return loss
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; raise for options of Adam that steps of rows don't have."""
+        for name in ("weight_decay", "amsgrad", "maximize", "differentiable"):
+            if param_group.get(name):
+                raise ValueError(f"{name}: expected a group of RowAdam without it, got {param_group[name]!r}")
+        super().add_param_group(param_group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave, on the parameters' devices."""
         super().load_state_dict(state_dict)

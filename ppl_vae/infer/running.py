@@ -145,9 +145,10 @@ def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, T
 
 
 def check_model_of(guide: Program, model: Program) -> None:
-    """Raise if a guide computes with another model than it is run with; both are to be modules.
+    """Raise if a guide computes with another model than it is run with, or a model with another classifier.
 
-    Such a guide holds its model as the attribute ``model``, which it does not register.
+    Both are to be modules. Such a guide holds its model as the attribute ``model``, which it does not
+    register, and such a model the guide's ``classifier``.
     """
     if not (isinstance(guide, nn.Module) and isinstance(model, nn.Module)):
         return
@@ -157,6 +158,13 @@ def check_model_of(guide: Program, model: Program) -> None:
             raise ValueError(
                 f"guide: expected a {type(part).__name__} of the model that it is run with, "
                 f"got one of another {type(held).__name__}; set its `model`"
+            )
+    for part in model.modules():
+        held = vars(part).get("classifier")
+        if isinstance(held, nn.Module) and all(held is not known for known in guide.modules()):
+            raise ValueError(
+                f"model: expected the guide's classifier in the {type(part).__name__}, got another "
+                f"{type(held).__name__}; set its `classifier`"
             )
 
 

@@ -91,7 +91,7 @@ class SVI:
         check_choice("precision", precision, PRECISIONS)
         self.precision = precision
         self._ready = self._stepped = False
-        self._taken: int | None = None  # tensors of a batch
+        self._taken: dict[int, int] = {}  # of so many tensors of a batch
         self._makes_optim = not isinstance(optim, (Optimizer, PyroOptim))
 
     def setup(self, *batch: Tensor) -> None:
@@ -181,9 +181,9 @@ class SVI:
     def _rows(self, data: Split, index: Tensor) -> tuple[Tensor, ...]:
         """Return the batch of some rows: as many tensors as the programs take."""
         batch = data.batch(index)
-        if self._taken is None:
-            self._taken = len(batch_arguments(self.objective.model, batch))
-        return batch[: self._taken]
+        if len(batch) not in self._taken:
+            self._taken[len(batch)] = len(batch_arguments(self.objective.model, batch))
+        return batch[: self._taken[len(batch)]]
 
     def loss_and_grads(self, *batch: Tensor, parts: bool) -> tuple[Tensor, Parts]:
         """Set the parameters' gradients; return the loss and, if asked for, the parts of the true ELBO."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -155,10 +156,13 @@ class NoNumbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_PATCHING = threading.RLock()  # Pyro is changed for the whole process meanwhile
+
+
 @contextlib.contextmanager
 def tensors_for_numbers(estimator: Any) -> Iterator[None]:
     """Let Pyro's estimators keep the tensors that they turn into numbers, and not look for NaN."""
-    with contextlib.ExitStack() as stack:
+    with _PATCHING, contextlib.ExitStack() as stack:
         for cls in type(estimator).__mro__:
             module = sys.modules[cls.__module__]
             if cls.__module__.startswith("pyro.infer."):

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ppl_vae._random import seeded
+from ppl_vae._warnings import warn
 from ppl_vae.infer import tracing
 from ppl_vae.infer.checking import running_on
 from ppl_vae.infer.estimator import Estimator
@@ -197,7 +197,7 @@ class VmappedStep:
         except Exception as error:
             at = line_of(error, skip=(__file__,))
             what = f"compile: can't compile the step, at {at}: {_reason(error)}; it runs as it is"
-            warnings.warn(what, UserWarning, stacklevel=8)  # the line that calls fit_many
+            warn(what)
             self.compiles = False
             return self._gradients
         self._graphs[key] = lambda *args: compiled(*pytree.tree_leaves(args))

@@ -5,6 +5,7 @@ import math
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from ppl_vae import distributions
 from ppl_vae._checks import check_positive_int
 from ppl_vae.distributions.reshaped import Reshaped
 from ppl_vae.likelihoods._decoder import decode, event_dims, split_output
@@ -55,5 +56,5 @@ class LowRankNormal(nn.Module):
         flat = outputs.flatten(-dims)
         scale = flat[1].clamp(-7.0, 7.0).exp()
         columns = scale.unsqueeze(-1) * flat[2:].movedim(0, -1) / math.sqrt(self.rank)
-        normal = dist.LowRankMultivariateNormal(flat[0], columns, scale.square())
+        normal = distributions.LowRankNormal(flat[0], columns, scale.square())
         return Reshaped.to(normal, outputs.shape[-dims:])

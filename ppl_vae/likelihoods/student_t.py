@@ -14,6 +14,26 @@ from ppl_vae.likelihoods._decoder import decode, event_dims, split_output
 Choice = float | Literal["learned", "network"]
 
 
+_LARGE = 30.0  # from here the series is exact to 1e-11
+
+
+class _StableStudentT(dist.StudentT):
+    """Student's t that is exact at many degrees of freedom, where the terms of torch's cancel."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        df = self.df
+        # log Gamma((df + 1) / 2) - log Gamma(df / 2) - log(df) / 2, by its series where df is large
+        large, small = torch.where(df > _LARGE, df, _LARGE), torch.where(df > _LARGE, _LARGE, df)
+        series = (1 / 20 / large.square() - 1 / 24) / large.square() + 1 / 4
+        exact = torch.lgamma((small + 1) / 2) - torch.lgamma(small / 2) - small.log() / 2
+        ratio = torch.where(df > _LARGE, -series / large - math.log(2) / 2, exact)
+        y = (value - self.loc) / self.scale
+        kernel = (df + 1) / 2 * torch.log1p(y.square() / df)
+        return ratio - math.log(math.pi) / 2 - self.scale.log() - kernel
+
+
 class StudentT(nn.Module):
     r"""The likelihood :math:`p(x \mid z) = \prod_j t_{\nu_j}(x_j; f_j(z), \sigma_j)`.
 
@@ -74,4 +94,4 @@ class StudentT(nn.Module):
             df = 1 + F.softplus(self.raw_df)
         else:
             df = torch.full_like(loc, self.df)
-        return dist.StudentT(df, loc, scale).to_event(dims)
+        return _StableStudentT(df, loc, scale).to_event(dims)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
 from ppl_vae.models.sequence import sequences
-from ppl_vae.networks.recurrent import padding_mask
+from ppl_vae.networks.recurrent import fill_padding, padding_mask
 from ppl_vae.program import Program
 
 
@@ -85,8 +85,19 @@ class DeepMarkovModel(Program):
                     f"x: expected steps of the likelihood's event shape {tuple(step.event_shape)}, "
                     f"got {tuple(x.shape[2:])}"
                 )
-            return pyro.sample("x", (step if mask is None else step.mask(mask)).to_event(1), obs=x)
+            if mask is None:
+                return pyro.sample("x", step.to_event(1), obs=x)
+            obs = (
+                None if x is None else fill_padding(x, mask, x.dim() - 2)
+            )  # whatever is there has no gradient
+            return pyro.sample("x", step.mask(mask).to_event(1), obs=obs)
 
     def _next(self, z: Tensor) -> dist.TorchDistribution:
-        loc, log_scale = self.transition(z).chunk(2, -1)
+        outputs = self.transition(z)
+        if outputs.shape[-1] != 2 * z.shape[-1]:
+            raise ValueError(
+                f"transition: expected {2 * z.shape[-1]} outputs, mean and log-scale of each latent "
+                f"dimension, got {outputs.shape[-1]}"
+            )
+        loc, log_scale = outputs.chunk(2, -1)
         return dist.Normal(loc, log_scale.clamp(-7.0, 7.0).exp()).to_event(1)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ppl_vae._checks import check_at_least, check_positive, check_positive_int
 from ppl_vae.distributions import SomeLabels
-from ppl_vae.program import Program, batch_size
+from ppl_vae.program import Referring, batch_size
 
 NEVER = -1e30  # a log-probability whose exponential is 0, and whose product with 0 is 0
 
 
-class SemiSupervisedVAE(Program):
+class SemiSupervisedVAE(Referring):
     r"""The model :math:`p(y) \, p(z) \, p(x \mid z, y)`, M2, of data of which some have a label y.
 
     A batch mixes both kinds; the label -1 is a missing one. Of a datum with a label the ELBO bounds
@@ -41,7 +41,8 @@ class SemiSupervisedVAE(Program):
             context of ``num_classes``.
         num_classes: the number of classes.
         label_prior: p(y), a positive weight for each class; by default all are equal.
-        classifier: the guide's network from ``x`` to the logits of q(y | x), the same object.
+        classifier: the guide's network from ``x`` to the logits of q(y | x), the same object. It is a
+            reference: the model's ``parameters()`` and ``state_dict()`` leave it alone.
         alpha: the weight of its classification loss, nats per datum with a label; with 0 there is none.
 
     Raises:
@@ -63,6 +64,7 @@ class SemiSupervisedVAE(Program):
         torch.Size([4, 3])
     """
 
+    references = ("classifier",)
     label_weights: Tensor
 
     def __init__(

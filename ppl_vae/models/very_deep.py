@@ -88,7 +88,7 @@ class VeryDeepVAE(Program):
         sides = check_sizes("sizes", sizes)
         if not sides or list(sides) != sorted(sides):
             raise ValueError(f"sizes: expected sides of images that never fall, at least one, got {sizes!r}")
-        self.sizes = sizes
+        self.sizes = sides
         self.channels = check_positive_int("channels", channels)
         self.latent_channels = check_positive_int("latent_channels", latent_channels)
         self.likelihood = likelihood

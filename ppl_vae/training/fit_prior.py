@@ -1,5 +1,7 @@
 """Maximum likelihood of a prior, on draws of the aggregate posterior say."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
@@ -63,16 +65,28 @@ def fit_prior(
     generator = torch.Generator().manual_seed(check_seed(seed))
     losses = []
     z = z.detach()
-    for _ in trange(steps, desc=type(prior).__name__, disable=not progress):
-        chosen = torch.randint(len(z), (size,), generator=generator).to(z.device)
-        loss = -prior(None if context is None else context[chosen]).log_prob(z[chosen]).mean()
-        losses.append(float(loss.detach()))
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss of step {len(losses)} is {losses[-1]}; lower learning_rate")
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        schedule.step()
+    with contextlib.ExitStack() as stack:
+        for module in _held(prior):
+            stack.callback(setattr, module, "training", module.training)
+            module.training = False
+        for _ in trange(steps, desc=type(prior).__name__, disable=not progress):
+            chosen = torch.randint(len(z), (size,), generator=generator).to(z.device)
+            loss = -prior(None if context is None else context[chosen]).log_prob(z[chosen]).mean()
+            losses.append(float(loss.detach()))
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"the loss of step {len(losses)} is {losses[-1]}; lower learning_rate"
+                )
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
     optimizer.zero_grad()
     return losses
+
+
+def _held(prior: nn.Module) -> list[nn.Module]:
+    """Return the modules of the guide that a VampPrior refers to, whose batch norms are not to change."""
+    guide = vars(prior).get("guide")
+    return list(guide.modules()) if isinstance(guide, nn.Module) else []

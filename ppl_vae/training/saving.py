@@ -66,11 +66,11 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.path is not None:
-            for part, held in _held_guides(self.model):
+            for part, name, held in _held_of_guide(self.model):
                 if not any(held is known for known in _modules(self.guide)):
                     raise ValueError(
                         f"model: expected a {type(part).__name__} of the guide that is saved with the model, "
-                        f"got one of another {type(held).__name__}; set its `guide`, or give no `output`"
+                        f"got one of another {type(held).__name__}; set its `{name}`, or give no `output`"
                     )
 
     def __repr__(self) -> str:
@@ -81,7 +81,7 @@ class Run:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old or the new content, whatever ends the process."""
-    with _replacing(path) as new, open(new, "xb") as file:
+    with _replacing(path) as new, open(new, "wb") as file:
         file.write(content)
 
 
@@ -89,9 +89,12 @@ def write(path: Path, content: bytes) -> None:
 def _replacing(path: Path) -> Iterator[Path]:
     """Give the path of a new file, which takes the old one's place once it is whole on the disk."""
     new = temporary(path)
-    new.unlink(missing_ok=True)  # a link that a stranger put there is not followed
+    new.unlink(missing_ok=True)  # "xb" follows no link that a stranger put there
+    with open(new, "xb") as file:
+        mode = os.fstat(file.fileno()).st_mode
     yield new
     with open(new, "r+b") as file:
+        os.chmod(file.fileno(), mode)  # safetensors lets the owner alone read
         os.fsync(file.fileno())
     os.replace(new, path)
 
@@ -316,8 +319,8 @@ def load_run(
     for part in pair[1].modules() if isinstance(pair[1], nn.Module) else ():
         if isinstance(vars(part).get("model"), nn.Module):  # a reference, which was built apart
             part.model = pair[0]  # type: ignore[assignment]
-    for part, held in _held_guides(pair[0]):
-        _hold_loaded_guide(part, held, pair[1])
+    for part, name, held in _held_of_guide(pair[0]):
+        setattr(part, name, _counterpart(part, name, held, pair[1]))
     epoch = state.get("epoch") if isinstance(state, dict) else None
     if type(epoch) is not int or epoch < 1:
         raise ValueError(f"{folder / MODEL}: expected the epoch in its header, got {state!r}")
@@ -328,25 +331,27 @@ def _modules(program: Any) -> list[nn.Module]:
     return list(program.modules()) if isinstance(program, nn.Module) else []
 
 
-def _held_guides(model: Any) -> list[tuple[Any, nn.Module]]:
-    """Return the parts of a model that refer to a guide, which they do not register, each with its guide."""
-    held = [(part, vars(part).get("guide")) for part in _modules(model)]
-    return [(part, guide) for part, guide in held if isinstance(guide, nn.Module)]
+def _held_of_guide(model: Any) -> list[tuple[Any, str, nn.Module]]:
+    """Return the parts of a model that refer to the guide or its classifier, by which name, and to what."""
+    names = "guide", "classifier"  # attributes that they do not register
+    held = [(part, name, vars(part).get(name)) for part in _modules(model) for name in names]
+    return [(part, name, module) for part, name, module in held if isinstance(module, nn.Module)]
 
 
-def _hold_loaded_guide(part: Any, held: nn.Module, guide: Any) -> None:
-    """Let a part of a loaded model refer to the loaded guide, or to what that one is made of."""
+def _counterpart(part: Any, name: str, held: nn.Module, guide: Any) -> nn.Module:
+    """Return what a part of a loaded model refers to in the loaded guide."""
     candidates = _modules(guide)
     if any(held is known for known in candidates):
-        return
+        return held
+    named = [getattr(known, name, None) for known in candidates]
     wanted = describe(held)
-    found = next((known for known in candidates if describe(known) == wanted), None)
-    if found is None:
-        raise ValueError(
-            f"model: expected the guide of its {type(part).__name__}, a {type(held).__name__}, in "
-            "the run's guide; pass the model as `model=`"
-        )
-    part.guide = found
+    for known in (*named, *candidates):
+        if isinstance(known, nn.Module) and describe(known) == wanted:
+            return known
+    raise ValueError(
+        f"model: expected the {name} of its {type(part).__name__}, a {type(held).__name__}, in the run's "
+        "guide; pass the model as `model=`"
+    )
 
 
 def _build_and_fill(

@@ -66,3 +66,10 @@ def test_bad_arguments_are_named(score: object) -> None:
         score(good, torch.tensor([0, 1, 1]))
     with pytest.raises(ValueError, match="matching: unknown 'hungarian'"):
         clustering_accuracy(good, good, matching="hungarian")
+
+
+def test_small_types_of_labels_do_not_overflow() -> None:
+    clusters, y = torch.arange(300) % 30, torch.arange(300) % 10
+    few = contingency_table(clusters.to(torch.uint8), y.to(torch.uint8))
+    assert torch.equal(few, contingency_table(clusters, y))
+    assert few.sum() == 300

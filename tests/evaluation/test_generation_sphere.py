@@ -91,3 +91,9 @@ def test_without_a_sphere_nothing_is_divided() -> None:
     assert result.x[0, 0, 0] == -3
     assert torch.equal(result.x[0, :, 1:], z[0, 1:].expand(7, 2))
     torch.testing.assert_close(interpolate(flat, z[0], z[1], steps=3).x[0, 1], z.mean(0))
+
+
+def test_traversal_through_the_middle_of_the_sphere_is_refused() -> None:
+    model = VAE(UniformSphere(3), Normal(MLP(3, 4)))
+    with pytest.raises(ValueError, match=r"^values: .* dimension 0 is 0\.0"):
+        traverse(model, torch.tensor([1.0, 0.0, 0.0]), dims=[0], values=[-1.0, 0.0, 1.0])

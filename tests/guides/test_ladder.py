@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ppl_vae import evaluate, fit
 from ppl_vae.guides.ladder import LadderGuide, combine
-from ppl_vae.infer import KL_ELBO, STL_ELBO, SVI, CompiledSVI, log_weights, tracing
+from ppl_vae.infer import KL_ELBO, STL_ELBO, SVI, CompiledSVI, WakeSleep, log_weights, tracing
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.models.hierarchical import HierarchicalVAE
 from ppl_vae.networks import MLP
@@ -177,3 +177,9 @@ def test_bad_arguments_are_named() -> None:
     )
     with pytest.raises(ValueError, match=r"model: expected a normal.*at site 'z2'.*got MixtureSameFamily"):
         combine(dist.Normal(torch.zeros(3), 1.0).to_event(1), mixture, 2)
+
+
+def test_wake_sleep_refuses_a_guide_whose_gradients_go_through_the_model() -> None:
+    (model, guide), x = pair(), bits()
+    with pytest.raises(ValueError, match="^guide: expected one whose gradients leave the model alone"):
+        WakeSleep(3).loss_and_grads(model, guide, x)

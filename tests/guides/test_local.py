@@ -427,3 +427,9 @@ def test_indexed_model_passes_labels_on() -> None:
     y = torch.zeros(3)
     IndexedModel(Labelled())(torch.zeros(3, 2), y, torch.arange(3))
     assert seen[0] is y
+
+
+@pytest.mark.parametrize("option", [{"weight_decay": 1.0}, {"maximize": True}, {"amsgrad": True}])
+def test_options_that_steps_of_rows_lack_are_refused_in_groups(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}: expected a group of RowAdam without it"):
+        RowAdam([{"params": [nn.Parameter(torch.zeros(3, 2))], **option}], lr=0.1)

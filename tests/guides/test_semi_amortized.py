@@ -483,7 +483,7 @@ def test_negative_kl_weight() -> None:
 
 def test_wake_sleep_refuses_gradients_through_the_model() -> None:
     model, guide, x = pair(steps=2, differentiable=True)
-    with pytest.raises(ValueError, match=r"^guide: .*SemiAmortizedGuide with differentiable=True"):
+    with pytest.raises(ValueError, match=r"^guide: .*SemiAmortizedGuide, .* differentiable=False"):
         WakeSleep(3).loss_and_grads(model, guide, x)
     model, guide, x = pair(steps=2, differentiable=False)
     assert WakeSleep(3).loss_and_grads(model, guide, x).isfinite()

@@ -578,3 +578,41 @@ def test_a_step_that_cannot_be_captured_is_taken_without_and_a_warning_says_so(
     assert len(caught) == 1
     for one, two in zip(compiled, replayed_steps(monkeypatch, SVI, [], take), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)  # the captured rate is a float32
+
+
+@pytest.mark.parametrize("engine", [SVI, CompiledSVI])
+def test_steps_on_rows_take_the_labels_that_the_data_have(engine: type[SVI]) -> None:
+    given: list[bool] = []
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out_features = 4
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            given.append(y is not None)
+            return self.layer(x)
+
+    class Labelled(VAE):
+        def forward(self, x: Any = None, y: Any = None, *, size: Any = None) -> Tensor:
+            return super().forward(x, size=size)
+
+    model, guide = Labelled(StandardNormal(2), Bernoulli(MLP(2, 4))), MeanFieldGuide(Encoder(), 2)
+    svi, index = engine(model.double(), guide.double(), torch.optim.Adam, Trace_ELBO()), torch.arange(3)
+    svi.step_of(Split(bits()), index)
+    assert given and not any(given)
+    given.clear()
+    svi.step_of(Split(bits(), torch.arange(6)), index)
+    assert given and all(given)
+
+
+def test_steps_on_other_data_forget_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[RecordedGraph] = []
+
+    def take(svi: SVI, i: int) -> Any:
+        result = svi.step_of(Split(bits(30)), torch.arange(6))
+        assert len(svi._examples) == 1 and len(svi._replays) <= 2
+        return result
+
+    replayed_steps(monkeypatch, CompiledSVI, graphs, take)

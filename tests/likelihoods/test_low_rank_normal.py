@@ -95,3 +95,15 @@ def test_training_reaches_the_maximum_of_a_normal_with_one_common_factor() -> No
     independent = dist.Normal(x.mean(0), covariance.diagonal().sqrt()).to_event(1).log_prob(x).mean()
     assert -float(loss()) == pytest.approx(float(best), abs=1e-5)
     assert best > independent + 0.2
+
+
+def test_density_keeps_its_digits_in_float32_where_noise_is_shared() -> None:
+    torch.manual_seed(0)
+    likelihood, z = LowRankNormal(nn.Linear(2, 4 * 50), rank=2), torch.randn(5, 2)
+    with torch.no_grad():
+        likelihood.decoder.bias[100:] *= 1000.0  # columns
+    likelihood.decoder = nn.Sequential(likelihood.decoder, nn.Unflatten(-1, (4 * 50,)))
+    x = likelihood(z).sample()
+    single = likelihood(z).log_prob(x)
+    double = likelihood.double()(z.double()).log_prob(x.double())
+    torch.testing.assert_close(single.double(), double, rtol=0, atol=0.01)  # torch's misses by nats

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-from ppl_vae.likelihoods.student_t import StudentT
+from ppl_vae.likelihoods.student_t import StudentT, _StableStudentT
 from ppl_vae.networks import MLP
 
 SIZES = st.lists(st.integers(1, 3), min_size=1, max_size=3)
@@ -104,3 +104,18 @@ def test_training_finds_scipys_maximum_and_beats_the_normal_on_heavy_tails() -> 
     assert -float(loss()) == pytest.approx(best, abs=1e-5)
     normal = -0.5 * math.log(2 * math.pi * float(x.var(correction=0))) - 0.5
     assert best > normal + 0.1
+
+
+@pytest.mark.parametrize("df", [2.0, 29.9, 30.1, 1e3, 1e5, 1e7])
+def test_density_and_its_gradient_keep_their_digits_at_any_degrees_of_freedom(df: float) -> None:
+    x = torch.linspace(-4, 4, 9)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        number = torch.tensor(df, dtype=dtype, requires_grad=True)
+        density = _StableStudentT(number, torch.zeros(9, dtype=dtype), torch.ones(9, dtype=dtype))
+        log_prob = density.log_prob(x.to(dtype))
+        found.append((log_prob, torch.autograd.grad(log_prob.sum(), number)[0]))
+    exact = torch.tensor(stats.t(df).logpdf(x.double().numpy()))
+    torch.testing.assert_close(found[1][0], exact, rtol=1e-9, atol=1e-8)  # scipy's own digits
+    torch.testing.assert_close(found[0][0].double(), exact, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(found[0][1].double(), found[1][1], rtol=0.02, atol=1e-11)

@@ -310,3 +310,28 @@ def test_arguments_that_do_not_fit() -> None:
     with pytest.raises(TypeError, match="features: expected the number of features that Identity gives"):
         DeepMarkovGuide(nn.Identity(), LATENT)
     assert guide.features is None
+
+
+@pytest.mark.parametrize("padding", [math.inf, math.nan, 1e30])
+def test_padding_has_no_gradient_whatever_is_there(padding: float) -> None:
+    torch.manual_seed(0)
+    likelihood = Normal(MLP(2, 3, hidden=4), scale="learned")
+    model = DeepMarkovModel(StandardNormal(2), GatedTransition(2, 4), likelihood, 4).double()
+    x, lengths, z = torch.randn(3, 4, 3).double(), torch.tensor([2, 4, 1]), torch.randn(3, 4, 2).double()
+    outside = torch.arange(4) >= lengths[:, None]
+    found = []
+    for value in (0.0, padding):
+        filled = torch.where(outside.unsqueeze(-1), value, x)
+        draws = {f"z_{t + 1}": z[:, t] for t in range(4)}
+        with pyro.validation_enabled(False):
+            trace = poutine.trace(poutine.condition(model, draws)).get_trace(filled, lengths)
+            log_prob = trace.log_prob_sum()
+        found.append([log_prob, *torch.autograd.grad(log_prob, list(likelihood.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_transition_of_another_size_is_refused() -> None:
+    model = DeepMarkovModel(StandardNormal(2), MLP(2, 3, hidden=4), Bernoulli(MLP(2, 3, hidden=4)), 4)
+    with pytest.raises(ValueError, match="^transition: expected 4 outputs, .* got 3"):
+        model(None, size=2)

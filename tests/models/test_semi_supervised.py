@@ -1,5 +1,6 @@
 """Tests of the semi-supervised model, its guide and its data, against sums over the classes."""
 
+import copy
 import math
 import re
 from collections.abc import Iterator
@@ -420,3 +421,21 @@ def test_few_labels_and_the_classification_loss_classify_digits() -> None:
     run = fit(model, guide, train, elbo=EnumELBO(), epochs=8, learning_rate=5e-3, progress=False)
     assert accuracy() > 0.6  # of 447 images: a standard error of 0.02
     assert run.history[-1]["train_loss"] < run.history[0]["train_loss"] - 8
+
+
+def test_a_loaded_model_refers_to_the_loaded_classifier_and_another_is_refused(tmp_path: Path) -> None:
+    (model, guide), (x, y) = pair(alpha=2.0), data([0, -1, 2, 1])
+    fit(model, guide, (x, y), epochs=1, output=tmp_path / "run", elbo=EnumELBO(), progress=False)
+    loaded = load_run(tmp_path / "run")
+    assert loaded.model.classifier is loaded.guide.classifier
+    assert not any(name.startswith("classifier") for name in model.state_dict())
+    model.classifier = copy.deepcopy(guide.classifier)
+    with pytest.raises(ValueError, match="^model: expected the guide's classifier in the SemiSupervisedVAE"):
+        fit(model, guide, (x, y), epochs=1, elbo=EnumELBO(), progress=False)
+
+
+@pytest.mark.parametrize("label", [3, -2])
+def test_labels_out_of_range_are_refused_while_values_are_validated(label: int) -> None:
+    (model, guide), (x, y) = pair(), data([0, -1, 2, 1])
+    with pytest.raises(ValueError, match="label|y:"):
+        EnumELBO().differentiable_loss(model, guide, x, torch.full_like(y, label))

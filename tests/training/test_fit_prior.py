@@ -1,5 +1,6 @@
 """Tests of priors that are fitted after training."""
 
+import copy
 from collections.abc import Callable
 
 import pyro
@@ -169,3 +170,11 @@ def test_with_prior_closes_the_gap_between_aggregate_posterior_and_prior() -> No
             elbo.append(log_weights(pair, guide, x, num_particles=10).detach().mean())
         gain = elbo[1] - elbo[0]
         assert gain > 0.4 * before
+
+
+def test_batch_norm_in_the_guide_of_a_vamp_prior_stays_as_it_is() -> None:
+    guide = MeanFieldGuide(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), 2, features=4)
+    prior, before = VampPrior(guide, 3, 5), copy.deepcopy(guide.state_dict())
+    fit_prior(prior, torch.randn(50, 2), steps=3, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in guide.state_dict().items())
+    assert all(module.training for module in guide.modules())

@@ -38,8 +38,8 @@ class WakeSleep(Estimator):
 
     Raises:
         ValueError: if ``sleep`` is not in [0, 1], or 1 with ``dreg``. On a run, for sleep-phi, if the
-            model can't be called as ``model(None, size=n)``; for ``SemiAmortizedGuide(differentiable=True)``,
-            whose gradients go through the model, so that the guide's phases would train it.
+            model can't be called as ``model(None, size=n)``; for a guide whose
+            gradients go through the model, such as ``LadderGuide``, so that its phases would train it.
     """
 
     def __init__(self, num_particles: int = 5, *, sleep: float = 0.0, dreg: bool = False) -> None:
@@ -70,10 +70,11 @@ class WakeSleep(Estimator):
         """Return the loss, a scalar, whose gradient is the estimator's."""
         program = inspect.unwrap(guide)
         for part in program.modules() if isinstance(program, nn.Module) else ():
-            if getattr(part, "differentiable", False) and "model" in vars(part):
+            if "model" in vars(part) and getattr(part, "differentiable", True):
                 raise ValueError(
-                    f"guide: expected one whose gradients leave the model alone, got {type(part).__name__} "
-                    "with differentiable=True; give it differentiable=False"
+                    f"guide: expected one whose gradients leave the model alone, got {type(part).__name__}, "
+                    "through which the guide's phases would train it; SemiAmortizedGuide takes "
+                    "differentiable=False"
                 )
         loss = super().differentiable_loss(model, guide, *batch)
         if not self.sleep or not torch.is_grad_enabled():
