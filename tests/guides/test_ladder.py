@@ -181,5 +181,5 @@ def test_bad_arguments_are_named() -> None:
 
 def test_wake_sleep_refuses_a_guide_whose_gradients_go_through_the_model() -> None:
     (model, guide), x = pair(), bits()
-    with pytest.raises(ValueError, match="^guide: expected one whose gradients leave the model alone"):
+    with pytest.raises(ValueError, match=r"^guide: expected one whose gradients leave the model alone"):
         WakeSleep(3).loss_and_grads(model, guide, x)

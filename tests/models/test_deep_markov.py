@@ -333,5 +333,5 @@ def test_padding_has_no_gradient_whatever_is_there(padding: float) -> None:
 
 def test_a_transition_of_another_size_is_refused() -> None:
     model = DeepMarkovModel(StandardNormal(2), MLP(2, 3, hidden=4), Bernoulli(MLP(2, 3, hidden=4)), 4)
-    with pytest.raises(ValueError, match="^transition: expected 4 outputs, .* got 3"):
+    with pytest.raises(ValueError, match=r"^transition: expected 4 outputs, .* got 3"):
         model(None, size=2)

@@ -430,12 +430,12 @@ def test_a_loaded_model_refers_to_the_loaded_classifier_and_another_is_refused(t
     assert loaded.model.classifier is loaded.guide.classifier
     assert not any(name.startswith("classifier") for name in model.state_dict())
     model.classifier = copy.deepcopy(guide.classifier)
-    with pytest.raises(ValueError, match="^model: expected the guide's classifier in the SemiSupervisedVAE"):
+    with pytest.raises(ValueError, match=r"^model: expected the guide's classifier in the SemiSupervisedVAE"):
         fit(model, guide, (x, y), epochs=1, elbo=EnumELBO(), progress=False)
 
 
 @pytest.mark.parametrize("label", [3, -2])
 def test_labels_out_of_range_are_refused_while_values_are_validated(label: int) -> None:
     (model, guide), (x, y) = pair(), data([0, -1, 2, 1])
-    with pytest.raises(ValueError, match="label|y:"):
+    with pytest.raises(ValueError, match=r"label|y:"):
         EnumELBO().differentiable_loss(model, guide, x, torch.full_like(y, label))

@@ -894,5 +894,5 @@ def test_a_class_of_a_script_is_found_by_its_name(tmp_path: Path) -> None:
 
 def test_files_of_a_run_have_one_mode(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    fit(*linear_pair(), X, output=folder, epochs=1, progress=False)
+    fit(*linear_pair(), linear_data(), output=folder, epochs=1, progress=False)
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
