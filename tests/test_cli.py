@@ -231,9 +231,9 @@ def test_help_of_fit_is_for_reading(cli: Callable[[str], Result]) -> None:
     words = " ".join(result.out.split())
     assert words.index("--data NAME") < words.index("--epochs") < words.index("--guide NAME")
     assert words.index("--guide NAME") < words.index("--encoder MLP: --encoder.hidden int | Sequence[int]")
-    assert "MixtureGuide, or your own as file.py:Name (default: MeanFieldGuide)" in words
-    assert "the guide's network: MLP, ConvEncoder, or your own" in words
-    assert "the likelihood's network: MLP, ConvDecoder, or your own" in words
+    assert "VeryDeepGuide, or your own as file.py:Name (default: MeanFieldGuide)" in words
+    assert "the guide's network: MLP, ConvEncoder, ResidualMLP, or your own" in words
+    assert "the likelihood's network: MLP, ConvDecoder, PixelHead, ResidualMLP, or your own" in words
     for noise in (
         "`",
         ":math:",
@@ -253,7 +253,7 @@ def test_help_of_fit_follows_the_classes_on_the_line(cli: Callable[[str], Result
     words = " ".join(cli(line).out.split())
     assert "--encoder ConvEncoder: --encoder.hidden int number of features" in words
     assert "--encoder.channels int | Sequence[int]" in words
-    assert "--likelihood.scale float | learned | network" in words
+    assert "--likelihood.scale float | learned | elementwise | network" in words
     assert "--scheduler.T_max int Maximum number of iterations (required)" in words
     assert "--decoder.channels" not in words
     assert "--decoder" not in cli("fit --model LinearGaussian --help").out.split("--model LinearGaussian:")[1]
@@ -608,9 +608,9 @@ ALWAYS = [
     # names
     ("fit --encoder MPL", "--encoder: unknown 'MPL' (did you mean 'MLP'?)"),
     ("fit --decoder ConvEncoder", "--decoder: unknown 'ConvEncoder' (did you mean 'ConvDecoder'?)"),
-    ("fit --guide MeanField", "--guide: unknown 'MeanField' (did you mean 'MeanFieldGuide'?)"),
+    ("fit --guide MeanFeild", "--guide: unknown 'MeanFeild' (did you mean 'MeanFieldGuide'?)"),
     ("fit --elbo IWEA", "--elbo: unknown 'IWEA' (did you mean 'IWAE'?); expected "),
-    ("fit --elbo TraceELBO", "--elbo: unknown 'TraceELBO' (did you mean 'Trace_ELBO'?)"),
+    ("fit --elbo TraecELBO", "--elbo: unknown 'TraecELBO' (did you mean 'Trace_ELBO'?)"),
     ("fit --optimizer Adan", "--optimizer: unknown 'Adan' (did you mean 'Adam'?)"),
     ("fit --data digts", "--data: unknown 'digts' (did you mean 'digits'?)"),
     ("fit --binarization dynamc", "--binarization: unknown 'dynamc' (did you mean 'dynamic'?)"),

@@ -18,6 +18,12 @@ from ppl_vae._random import seeded
 from ppl_vae.cli import main
 from ppl_vae.cli.pieces import PIECES, full_name, known
 from ppl_vae.data import load_dataset
+from ppl_vae.evaluation import reconstruct
+from ppl_vae.guides import MeanFieldGuide
+from ppl_vae.likelihoods import AutoregressiveCategorical
+from ppl_vae.models import SequenceVAE
+from ppl_vae.networks import RecurrentDecoder, RecurrentEncoder
+from ppl_vae.priors import StandardNormal
 
 SMALL = "--epochs 1 --latent_dim 2 --num_particles 2 --batch_size 500 --progress false --output o"
 WIDTHS = {"encoder": 4, "decoder": 4, "flow": 4, "prior_flow": 4, "classifier": 4, "network": 4}
@@ -147,6 +153,18 @@ def test_pair_is_trained_measured_drawn_from_and_resumed(
     assert len(load_run("o").history) == 2
 
 
+@pytest.mark.parametrize("name", ["vamp", "semi-supervised", "ladder"])  # pieces that share parameters
+def test_resuming_ends_with_the_bits_of_a_run_that_was_not_stopped(
+    name: str, cli: Cli, fitted: Callable[[str], Path]
+) -> None:
+    shutil.copytree(fitted(name), "o")
+    assert cli("fit --output o --resume --epochs 2 --num_particles 2 --progress false")[::2] == (0, "")
+    Path("o").rename("resumed")
+    fit_ok(cli, fit_line(name).replace("--epochs 1", "--epochs 2"))
+    for file in ("model.safetensors", "checkpoint.safetensors"):
+        assert (Path("o") / file).read_bytes() == (Path("resumed") / file).read_bytes()
+
+
 @pytest.mark.filterwarnings("default::UserWarning")
 @pytest.mark.parametrize("name", DRAWN)
 def test_plots_that_make_no_sense_are_left_out_with_a_line(
@@ -239,6 +257,25 @@ def test_samples_of_a_conditional_model_are_of_the_classes_in_turn(
         expected = run.model.eval()(None, torch.arange(23) % 10)
     with np.load("o/samples.npz") as drawn:
         assert (drawn["x"] == expected.numpy()).all()
+
+
+def test_samples_of_a_likelihood_without_a_mean_are_draws(tmp_path: Path, cli: Cli) -> None:
+    likelihood = AutoregressiveCategorical(RecurrentDecoder(2, vocabulary=3, embedding=3, hidden=4), 5)
+    encoder = RecurrentEncoder(vocabulary=3, embedding=3, hidden=4)
+    model, guide = SequenceVAE(StandardNormal(2), likelihood), MeanFieldGuide(encoder, 2)
+    x, lengths = torch.arange(3.0).repeat(20, 2)[:, :5], torch.arange(20) % 5 + 1
+    ppl_vae.fit(model, guide, (x, lengths), epochs=1, output="o", progress=False)
+    assert cli("sample o --size 7")[::2] == (0, "")
+    with np.load("o/samples.npz") as drawn:
+        assert [*drawn] == ["x"]
+        assert drawn["x"].shape == (7, 5)
+    code, _, err = cli("sample o --output s.png")
+    assert (code, err) == (
+        2,
+        "ppl-vae sample: error: --output: s.png: the likelihood has no mean to show; write an .npz\n",
+    )
+    with pytest.raises(NotImplementedError, match="model: site 'x' has no mean that"):
+        reconstruct(model, guide, x, lengths)
 
 
 def test_labels_are_kept_for_training_alone_and_the_classifier_is_shared(

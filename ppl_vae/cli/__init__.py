@@ -32,6 +32,7 @@ Variational autoencoders as Pyro model / guide pairs.
 ppl-vae fit                          a small VAE on handwritten digits, in under a minute
 ppl-vae fit --data mnist --output runs/mnist
 ppl-vae fit --encoder ConvEncoder --decoder ConvDecoder --latent_dim 8 --output runs/conv
+ppl-vae fit --prior vamp --guide flow --output runs/vamp         short for VampPrior and FlowGuide
 ppl-vae compare runs/mnist --estimators "trace,stl,iwae(50),dreg(50)"
 ppl-vae COMMAND --help               all settings; with --guide NAME etc. those of that class
 

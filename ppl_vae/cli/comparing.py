@@ -14,7 +14,7 @@ from ppl_vae import plots
 from ppl_vae._checks import check_choice, check_positive_int, check_seed, did_you_mean
 from ppl_vae._random import seeded
 from ppl_vae.cli.fitting import FIT_SETTINGS, choose_pieces, given_by, train
-from ppl_vae.cli.pieces import known, settings_of_pieces
+from ppl_vae.cli.pieces import settings_of_pieces, short_names
 from ppl_vae.cli.saved import RUN_SETTINGS, data_of, folder_of, load_saved, save_figure, write_file
 from ppl_vae.cli.settings import Given, Help, Setting, Source, format_help, settings_of, split_words
 from ppl_vae.data import Dataset
@@ -132,7 +132,7 @@ def parse_estimators(text: str, num_particles: int, data_size: int) -> dict[str,
     Raises:
         ValueError: for an unknown name, with the nearest one, or one that can't be built.
     """
-    classes = _classes()
+    classes = short_names("elbo")
     named: dict[str, ELBO] = {}
     words: dict[Any, str] = {}  # by what they stand for
     for word in (word.strip() for word in text.split(",")):
@@ -164,19 +164,3 @@ def parse_estimators(text: str, num_particles: int, data_size: int) -> dict[str,
         except (TypeError, ValueError, AssertionError, OverflowError) as error:
             raise ValueError(f"--estimators: {word}: {error}") from error
     return named
-
-
-def _classes() -> dict[str, Any]:
-    """Return the estimators' classes by all that the user may call them, the library's first."""
-    found: dict[str, Any] = {}
-    classes = known("elbo")
-    for short in (False, True):  # whole names win
-        for name, made in classes.items():
-            key = name.lower().replace("_", "")
-            if short:
-                key = key.removesuffix("elbo")
-                found.setdefault(key, made)
-                key = key.removeprefix("trace")
-            if key:
-                found.setdefault(key, made)
-    return found

@@ -2,25 +2,43 @@
 
 import functools
 import inspect
+import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import ppl_vae
-from ppl_vae._checks import check_positive_int, check_seed
+from ppl_vae._checks import check_positive_int, check_seed, check_sizes
 from ppl_vae._random import seeded
-from ppl_vae.cli.pieces import NESTED, PIECES, ROOTS, arguments, build, known, resolve, settings_of_pieces
+from ppl_vae.cli.pieces import (
+    PIECES,
+    ROOTS,
+    SUITED,
+    arguments,
+    build,
+    full_name,
+    is_a,
+    known,
+    parts,
+    resolve,
+    settings_of_pieces,
+)
 from ppl_vae.cli.saved import draw, load_data, measure
 from ppl_vae.cli.settings import Given, Help, Setting, Source, format_help, settings_of, split_words
-from ppl_vae.data import Dataset
+from ppl_vae.data import Dataset, semi_supervised
 from ppl_vae.description import describe
+from ppl_vae.guides import FlowGuide
 from ppl_vae.infer.checking import check_all
 from ppl_vae.infer.placing import prepare_data
+from ppl_vae.likelihoods import Autoregressive, NegativeBinomial, Poisson
+from ppl_vae.models import CVAE, HierarchicalVAE, SemiSupervisedVAE, VeryDeepVAE
+from ppl_vae.priors import ConditionalNormal, VampPrior
 from ppl_vae.training import Run
 from ppl_vae.training.saving import CONFIG, read_config, read_yaml
 
@@ -35,13 +53,17 @@ def _fit_settings() -> dict[str, Setting]:
         ),
         "binarization": Setting(
             "dynamic (fresh bits per visit), static, threshold, or null for values as they are; by default "
-            "dynamic under Bernoulli, else null",
+            "dynamic where x are bits, else null",
             *(str | None, None, data, "NAME"),
+        ),
+        "labels": Setting(
+            "how many training data keep their label, in balance, for SemiSupervisedVAE; null for all",
+            *(int | None, None, data),
         ),
         "root": Setting("folder that holds MNIST/raw or FashionMNIST/raw", group=data, metavar="FOLDER"),
         **{name: of_fit[name] for name in ("epochs", "batch_size", "learning_rate", "clip_norm", "patience")},
         "init_bias": Setting(
-            "start the output bias at the logit of the data mean, where likelihood and decoder can",
+            "start the output bias at the data mean, where likelihood and decoder can",
             *(bool, True, training),
         ),
         **{name: of_fit[name] for name in ("compile", "precision", "seed")},
@@ -52,6 +74,10 @@ def _fit_settings() -> dict[str, Setting]:
         "num_particles": Setting("draws per datum of the final log p(x)", int, 1000, folder),
         "config": Setting("YAML file of settings; those on the command line win", str, None, folder, "FILE"),
         "latent_dim": Setting("number of latent dimensions", int, 16, pieces),
+        "latent_dims": Setting(
+            "those of each layer of HierarchicalVAE, the lowest first; by default latent_dim and half of it",
+            *(Sequence[int] | None, None, pieces),
+        ),
         **{
             piece: Setting(
                 f"{info.help}: {', '.join(known(piece))}, or your own as file.py:Name",
@@ -89,12 +115,13 @@ def fit(words: list[str]) -> None:
         saved = _settings_of_run(read_config(folder), folder / CONFIG)
         given = given_by(saved, *sources)
     chosen = choose_pieces(given, typed)
-    table = FIT_SETTINGS | settings_of_pieces(chosen)
+    table = suited_settings(given) | settings_of_pieces(chosen)
     if asks_help:
         text = "Train a pair on data, evaluate it, draw plots, and save all in a folder."
         raise Help(format_help("ppl-vae fit [--setting VALUE ...]", text, table))
     values = given.values_in(table)
-    if "binarization" not in given and values.get("likelihood") == "Bernoulli":
+    bits = {"Bernoulli": True, "Autoregressive": values.get("likelihood.levels", 2) == 2}
+    if "binarization" not in given and bits.get(values["likelihood"]):
         values["binarization"] = "dynamic"
     check_positive_int("num_particles", values["num_particles"])
     if saved is not None:
@@ -119,7 +146,20 @@ def fit(words: list[str]) -> None:
 
 def given_by(*sources: Source) -> Given:
     """Return what sources set, later ones winning."""
-    return Given(*sources, defaults={piece: info.default for piece, info in PIECES.items()})
+    full = [
+        replace(
+            source,
+            values={k: full_name(v, k) if k in PIECES else v for k, v in source.values.items()},
+        )
+        for source in sources
+    ]
+    return Given(*full, defaults={piece: info.default for piece, info in PIECES.items()})
+
+
+def suited_settings(given: Given) -> dict[str, Setting]:
+    """Return the settings of ``fit``, with the defaults that suit the model that is given."""
+    suited = SUITED.get(given.value("model", FIT_SETTINGS["model"]), {})
+    return FIT_SETTINGS | {k: replace(FIT_SETTINGS[k], default=name) for k, name in suited.items()}
 
 
 def _read_config(word: Any) -> Source:
@@ -170,12 +210,16 @@ def choose_pieces(given: Given, typed: Mapping[str, Any]) -> dict[str, Any]:
             f"add {' '.join(strange)}"
         )
     chosen: dict[str, Any] = {}
+    table = suited_settings(given)
 
     def choose(piece: str) -> None:
-        chosen[piece] = resolve(given.value(piece, FIT_SETTINGS[piece]), piece)
-        for argument in arguments(chosen[piece]):
-            if argument in NESTED:
-                choose(argument)
+        if piece in chosen:
+            return
+        chosen[piece] = resolve(given.value(piece, table[piece]), piece)
+        for name, made_of in parts(piece, chosen[piece]).items():
+            if (piece, name) != ("model", "classifier"):  # it is the guide's
+                for part in made_of:
+                    choose(part)
 
     for piece in ROOTS:
         choose(piece)
@@ -202,7 +246,8 @@ def _check_unchanged(
 
 def train(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[Run, Dataset]:
     """Build the pair for the data and train it."""
-    latent_dim, seed = check_positive_int("latent_dim", values["latent_dim"]), check_seed(values["seed"])
+    check_positive_int("latent_dim", values["latent_dim"])
+    seed = check_seed(values["seed"])
     options: dict[str, dict[str, Any]] = {piece: {} for piece in chosen}
     for name, value in values.items():
         piece, dot, argument = name.partition(".")
@@ -211,24 +256,22 @@ def train(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[Run, Da
     if chosen["optimizer"] is torch.optim.Adam:
         options["optimizer"].setdefault("fused", True)
     dataset = load_data(values["data"], values["root"], values["binarization"])
-    x_shape = out_shape = dataset.x_shape
-    if options.get("likelihood", {}).get("scale") == "network":
-        out_shape = (2 * x_shape[0], *x_shape[1:])
-    sizes: dict[str, dict[str, Any]] = {
-        piece: {"latent_dim": latent_dim, "x_shape": x_shape} for piece in PIECES
-    }
-    sizes["encoder"] |= {"in_shape": x_shape}
-    sizes["decoder"] |= {"in_shape": latent_dim, "out_shape": out_shape}
-    if len(x_shape) == 1:
-        sizes["model"] |= {"data_dim": x_shape[0]}
+    sizes = _sizes(values, chosen, options, dataset)
+    if values["labels"] is not None:
+        dataset = _keep_labels(dataset, values["labels"], seed, chosen["model"])
+    x, built = dataset.train.x, dict[str, Any]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**64)
-        model, guide, elbo = (build(piece, chosen, options, sizes) for piece in ROOTS[:3])
+        model, guide, elbo = (build(piece, chosen, options, sizes, built) for piece in ROOTS[:3])
+        prior: Any = getattr(model, "prior", None)
+        if isinstance(prior, VampPrior):
+            _check_posterior(prior, chosen)
+            if prior.components <= len(x):
+                prior.init_pseudo_inputs(x)
     likelihood: Any = getattr(model, "likelihood", None)
     decoder = getattr(likelihood, "decoder", None)
-    x = dataset.train.x
     if values["init_bias"] and hasattr(likelihood, "init_bias") and hasattr(decoder, "output_bias"):
-        if x.min() >= 0 and x.max() <= 1:
+        if x.min() >= 0 and (x.max() <= 1 or isinstance(likelihood, (Poisson, NegativeBinomial))):
             likelihood.init_bias(x)
     made = {
         "model": model,
@@ -251,3 +294,111 @@ def train(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[Run, Da
             raise ValueError(f"--elbo.{error}") from error
         raise
     return run, dataset
+
+
+def _sizes(
+    values: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    options: Mapping[str, Mapping[str, Any]],
+    dataset: Dataset,
+) -> dict[str, dict[str, Any]]:
+    """Return for each piece the arguments that come from the data and from other settings."""
+    model, x, x_shape = chosen["model"], dataset.train.x, dataset.x_shape
+    top = below = values["latent_dim"]  # of the prior, and what the decoder takes
+    sizes: dict[str, dict[str, Any]] = {piece: {"x_shape": x_shape} for piece in PIECES}
+    sizes["guide"]["latent_dims"] = (top,)
+    if is_a(model, HierarchicalVAE):
+        dims = values["latent_dims"]
+        dims = check_sizes("latent_dims", [top, max(1, top // 2)] if dims is None else dims)
+        skip = options["model"].get("skip", False)
+        above = [sum(dims[i:]) if skip else dims[i] for i in range(len(dims))]
+        top, below = dims[-1], above[0]
+        sizes["model"]["layers"] = list(zip(above[1:], dims[:-1], strict=True))[::-1]
+        sizes["guide"]["latent_dims"] = dims
+    elif values["latent_dims"] is not None:
+        raise ValueError(f"--latent_dims: {_name(model)} has one layer; set --latent_dim")
+    for piece in PIECES:
+        sizes[piece]["latent_dim"] = top
+    for piece in ("encoder", "guide", "classifier"):
+        sizes[piece]["in_shape"] = x_shape
+    sizes["decoder"] |= {"in_shape": below, **_decoder_shape(chosen, options, x_shape)}
+    if is_a(model, VeryDeepVAE):
+        channels, sides = options["model"]["channels"], options["model"]["sizes"]
+        if not sides or len(x_shape) != 3:
+            raise ValueError(f"--model: VeryDeepVAE takes images and their sizes, got x of {list(x_shape)}")
+        state = (channels, sides[-1], sides[-1])
+        sizes["decoder"] |= {"in_shape": math.prod(state), "state_shape": state}
+    if len(x_shape) == 1:
+        sizes["model"] |= {"data_dim": x_shape[0]}
+    sizes["likelihood"]["channels"] = x_shape[0]
+    sizes["guide"]["components"] = options.get("model", {}).get("components")
+    sizes["prior"]["bounds"] = (0.0, 1.0) if x.min() >= 0 and x.max() <= 1 else None
+    if is_a(chosen["guide"], FlowGuide) or is_a(chosen.get("inner"), FlowGuide):
+        sizes["flow"]["context_dim"] = 64
+    if is_a(model, (CVAE, SemiSupervisedVAE)):
+        classes = _num_classes(dataset, model)
+        for piece in ("model", "prior"):
+            sizes[piece]["num_classes"] = classes
+        sizes["classifier"]["out_shape"] = sizes["network"]["in_shape"] = classes
+        for piece in ("encoder", "decoder"):
+            sizes[piece]["context"] = _check_context(piece, chosen, classes)
+    elif is_a(chosen.get("prior"), ConditionalNormal):
+        raise ValueError(f"--prior: ConditionalNormal needs labels, which {_name(model)} does not give it")
+    return sizes
+
+
+def _decoder_shape(
+    chosen: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]], x_shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """Return the decoder's outputs: as many for each value of x as the likelihood says."""
+    likelihood, given = chosen.get("likelihood"), options.get("likelihood", {})
+    first = x_shape[0]
+    if callable(outputs := getattr(likelihood, "outputs", None)):
+        taken = inspect.signature(outputs).parameters
+        # of a wrong number the likelihood itself says what is wrong
+        first *= max(1, outputs(**{name: value for name, value in given.items() if name in taken}))
+    elif is_a(likelihood, Autoregressive):
+        first = given.get("features") or first
+    return {"out_shape": (first, *x_shape[1:]), "out_channels": first}
+
+
+def _check_posterior(prior: VampPrior, chosen: Mapping[str, Any]) -> None:
+    """Raise unless the posterior of the VampPrior's guide is a function of x alone."""
+    taken = inspect.signature(prior.guide.posterior).parameters.values()
+    if is_a(chosen["model"], (CVAE, SemiSupervisedVAE)) or sum(p.default is p.empty for p in taken) > 1:
+        guide, model = type(prior.guide).__name__, _name(chosen["model"])
+        raise ValueError(
+            f"--prior: VampPrior needs a guide whose posterior is one of x alone, got --guide {guide} "
+            f"with {model}"
+        )
+
+
+def _num_classes(dataset: Dataset, model: Any) -> int:
+    """Return the number of classes, or raise if the data have no labels."""
+    y = dataset.train.y
+    if y is None:
+        raise ValueError(f"--data: {_name(model)} needs labels, {dataset.name} has none")
+    return int(y.max()) + 1
+
+
+def _check_context(piece: str, chosen: Mapping[str, Any], classes: int) -> int:
+    """Return the number of classes, or raise if a network can't take the label."""
+    made: Any = chosen.get(piece)
+    if is_a(made, nn.Module):
+        taken = list(inspect.signature(made.forward).parameters.values())[1:]
+        if len(taken) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in taken):
+            raise ValueError(
+                f"--{piece}: {made.__name__} takes no label, which {_name(chosen['model'])} gives it"
+            )
+    return classes
+
+
+def _keep_labels(dataset: Dataset, labels: int, seed: int, model: Any) -> Dataset:
+    """Return the data with so many labels left for training."""
+    if not is_a(model, SemiSupervisedVAE):
+        raise ValueError(f"--labels: {_name(model)} does not take data without a label; got {labels}")
+    return replace(dataset, train=semi_supervised(dataset.train, labels, seed=seed))
+
+
+def _name(made: Any) -> str:
+    return f"--model {getattr(made, '__name__', made)}"

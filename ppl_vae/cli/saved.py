@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 import ppl_vae
 from ppl_vae import plots
@@ -25,6 +26,7 @@ from ppl_vae.evaluation import encode, interpolate, reconstruct, traverse
 from ppl_vae.evaluation import sample as draw_samples
 from ppl_vae.infer.placing import place
 from ppl_vae.infer.running import batch_arguments
+from ppl_vae.models import CVAE, SemiSupervisedVAE
 from ppl_vae.training import Run, load_run
 from ppl_vae.training.saving import EVALUATION, read_config, write
 
@@ -38,7 +40,7 @@ RUN_SETTINGS = {
     "progress": Setting("show a progress bar", bool, sys.stderr.isatty(), _GROUP),
     "size": Setting("how many data to draw", int, 64, _GROUP),
     "output": Setting(
-        "an .npz file (x: draws, mean: their means) or a .png; by default RUN/samples.npz",
+        "an .npz file (x: draws, mean: their means, if there are) or a .png; by default RUN/samples.npz",
         group=_GROUP,
         metavar="FILE",
     ),
@@ -77,11 +79,16 @@ def sample(words: list[str]) -> None:
     if output.suffix not in (".npz", ".png"):
         raise ValueError(f"--output: expected a file ending in .npz or .png, got {str(output)!r}")
     with seeded(seed):
-        samples = draw_samples(run.model, size)
+        samples = draw_samples(_drawn_from(run), size)
     if output.suffix == ".npz":
+        arrays: dict[str, Any] = {"x": samples.x.numpy()}
+        if samples.mean is not None:
+            arrays["mean"] = samples.mean.numpy()
         file = io.BytesIO()
-        np.savez(file, x=samples.x.numpy(), mean=samples.mean.numpy())
+        np.savez(file, **arrays)
         write_file(output, file.getvalue())
+    elif samples.mean is None:
+        raise ValueError(f"--output: {output}: the likelihood has no mean to show; write an .npz")
     else:
         try:
             axes = plots.plot_samples(samples)
@@ -174,25 +181,36 @@ def draw(run: Run, dataset: Dataset) -> Path:
     test = dataset.test.to(device)
     with seeded(0):
         batch = batch_arguments(model, test.batch(torch.arange(min(len(test), 5000), device=device)))
-        latents = encode(guide, *batch, y=None if test.y is None else test.y[: len(batch[0])])
-        z, pairs = latents.z.to(device), min(5, len(latents.z) // 2)
-        drawings: dict[str, Callable[[], Any]] = {
-            "history": lambda: plots.plot_history(run.history),
-            "latents": lambda: plots.plot_latents(latents),
-        }
-        if len(dataset.x_shape) == 3 and dataset.x_shape[0] in (1, 3):
+        drawings: dict[str, Callable[[], Any]] = {"history": lambda: plots.plot_history(run.history)}
+        images = len(dataset.x_shape) == 3 and dataset.x_shape[0] in (1, 3)
+        of_z = ["traversal", "interpolation"] if images else []
+        if images:
             few = tuple(tensor[:30] for tensor in batch)
-            start, end = z[:pairs], z[pairs : 2 * pairs]
-            # the ten dimensions in which the data's latents differ most
-            busiest = z.var(0, correction=0).topk(min(10, z.shape[1])).indices.sort().values.tolist()
             drawings |= {
                 "reconstructions": lambda: plots.plot_reconstructions(reconstruct(model, guide, *few)),
-                "samples": lambda: plots.plot_samples(draw_samples(model, 64)),
-                "traversal": lambda: plots.plot_traversal(
-                    traverse(model, torch.zeros_like(z[0]), dims=busiest)
-                ),
-                "interpolation": lambda: plots.plot_interpolation(interpolate(model, start, end)),
+                "samples": lambda: plots.plot_samples(draw_samples(_drawn_from(run), 64)),
             }
+        try:
+            latents = encode(guide, *batch, y=None if test.y is None else test.y[: len(batch[0])])
+        except ValueError as error:  # the model has several layers, or one of another name
+            warnings.warn(f"no plot of {', '.join(['latents', *of_z])}: {error}", stacklevel=2)
+        else:
+            drawings["latents"] = lambda: plots.plot_latents(latents)
+            if isinstance(model, (CVAE, SemiSupervisedVAE)):
+                if images:
+                    reason = "x depends on the label, not on z alone"
+                    warnings.warn(f"no plot of {', '.join(of_z)}: {reason}", stacklevel=2)
+            elif images:
+                z, pairs = latents.z.to(device), min(5, len(latents.z) // 2)
+                start, end = z[:pairs], z[pairs : 2 * pairs]
+                # the ten dimensions in which the data's latents differ most
+                busiest = z.var(0, correction=0).topk(min(10, z.shape[1])).indices.sort().values.tolist()
+                drawings |= {
+                    "traversal": lambda: plots.plot_traversal(
+                        traverse(model, torch.zeros_like(z[0]), dims=busiest)
+                    ),
+                    "interpolation": lambda: plots.plot_interpolation(interpolate(model, start, end)),
+                }
         for name, drawing in drawings.items():
             try:
                 axes = drawing()
@@ -201,6 +219,36 @@ def draw(run: Run, dataset: Dataset) -> Path:
             else:
                 save_figure(axes, folder / f"{name}.png")
     return folder
+
+
+def _drawn_from(run: Run) -> Any:
+    """Return the program to draw data from: the model, with the classes in turn if it needs labels."""
+    batch = run.config["data"].get("batch")
+    labels = batch[1:] if isinstance(batch, list) else None
+    if not isinstance(run.model, CVAE) or labels != [[[1], "int64"]]:
+        return run.model
+    sizes = [getattr(part, name, None) for part in run.model.modules() for name in ("context", "num_classes")]
+    known = [size for size in sizes if isinstance(size, int)]
+    return _EachClass(run.model, min(known)) if known else run.model
+
+
+class _EachClass(nn.Module):
+    """A model that is given the classes in turn as labels.
+
+    Args:
+        model: a program of ``(x, y)``.
+        classes: the number of classes.
+    """
+
+    def __init__(self, model: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.model = model
+        self.classes = classes
+
+    def forward(self, x: None = None, *, size: int) -> Any:
+        """Draw data of labels 0, 1, ..., 0, 1, ..."""
+        device = next(self.model.parameters()).device
+        return self.model(x, torch.arange(size, device=device) % self.classes)
 
 
 def folder_of(run: Run) -> Path:

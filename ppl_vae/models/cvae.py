@@ -30,6 +30,9 @@ class CVAE(Program):
         likelihood: module whose ``forward(z, y)`` returns a Distribution over ``x``; its decoder takes a
             context.
 
+    Raises:
+        ValueError: if the likelihood is of sequences, whose context is their lengths.
+
     Example:
         >>> import torch
         >>> from ppl_vae.likelihoods import Bernoulli
@@ -43,6 +46,7 @@ class CVAE(Program):
     def __init__(self, prior: nn.Module, likelihood: nn.Module) -> None:
         super().__init__()
         self.prior = prior
+        check_takes_labels(likelihood)
         self.likelihood = likelihood
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, *, size: int | None = None) -> Tensor:
@@ -90,3 +94,12 @@ class CVAE(Program):
             known = [size for size in sizes if isinstance(size, int)]
             support = constraints.integer_interval(0, min(known) - 1) if known else constraints.integer
         return dist.ImproperUniform(support, (), y.shape[1:]).mask(False)
+
+
+def check_takes_labels(likelihood: nn.Module) -> None:
+    """Raise if a likelihood would take labels for the lengths of sequences."""
+    if hasattr(likelihood, "max_length"):
+        raise ValueError(
+            f"likelihood: expected one whose context is y, got {type(likelihood).__name__}, whose context is "
+            "the lengths of sequences, as of SequenceVAE"
+        )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ppl_vae._checks import check_at_least, check_positive, check_positive_int
 from ppl_vae.distributions import SomeLabels
+from ppl_vae.models.cvae import check_takes_labels
 from ppl_vae.program import Referring, batch_size
 
 NEVER = -1e30  # a log-probability whose exponential is 0, and whose product with 0 is 0
@@ -79,6 +80,7 @@ class SemiSupervisedVAE(Referring):
     ) -> None:
         super().__init__()
         self.prior = prior
+        check_takes_labels(likelihood)
         self.likelihood = likelihood
         self.num_classes = check_positive_int("num_classes", num_classes)
         self.label_prior = label_prior

@@ -24,7 +24,7 @@ def plot_samples(result: Samples, ax: "Axes | None" = None) -> "Axes":
 
     Raises:
         TypeError: if the result is of another kind.
-        ValueError: if its data are not images.
+        ValueError: if its data are not images, or it has no means.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -33,7 +33,10 @@ def plot_samples(result: Samples, ax: "Axes | None" = None) -> "Axes":
         >>> ax.get_title()
         'Samples: mean of x given z from the prior'
     """
-    images = check_images("result.mean", check_result(result, Samples).mean, grid=1)
+    mean = check_result(result, Samples).mean
+    if mean is None:
+        raise ValueError("result.mean: expected means of x to draw, got None: the likelihood has none")
+    images = check_images("result.mean", mean, grid=1)
     count = len(images)
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

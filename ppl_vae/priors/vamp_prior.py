@@ -40,6 +40,7 @@ class VampPrior(nn.Module):
 
     Raises:
         TypeError: if ``guide`` has no ``posterior``.
+        ValueError: if the guide's encoder takes tokens.
         TypeError, ValueError: if a size is not a whole number above 0, or ``bounds`` are no interval. On a
             call: if the posterior has another batch shape than one for each pseudo-input.
 
@@ -71,6 +72,8 @@ class VampPrior(nn.Module):
         super().__init__()
         if not (isinstance(guide, nn.Module) and callable(getattr(guide, "posterior", None))):
             raise TypeError(f"guide: expected a guide with a `posterior`, got {type(guide).__name__}")
+        if any(getattr(part, "vocabulary", None) for part in guide.modules()):
+            raise ValueError("guide: expected an encoder of reals, got one of tokens, which can't be learned")
         shape = check_sizes("x_shape", x_shape)
         self.guide = guide
         self.x_shape = x_shape
