@@ -608,11 +608,18 @@ def test_steps_on_rows_take_the_labels_that_the_data_have(engine: type[SVI]) -> 
 
 
 def test_steps_on_other_data_forget_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    data = [Split(bits(30)) for _ in range(3)]
     graphs: list[RecordedGraph] = []
 
     def take(svi: SVI, i: int) -> Any:
-        result = svi.step_of(Split(bits(30)), torch.arange(6))
-        assert len(svi._examples) == 1 and len(svi._replays) <= 2
+        result = svi.step_of(data[i // 7], torch.arange(i, i + 6))
+        if isinstance(svi, CompiledSVI):
+            assert len(svi._examples) == 1 and len(svi._replays) <= 2
         return result
 
-    replayed_steps(monkeypatch, CompiledSVI, graphs, take)
+    with monkeypatch.context() as patch:
+        compiled = replayed_steps(patch, CompiledSVI, graphs, take)
+    assert [graph.replays for graph in graphs] == [3, 4, 3]
+    for one, two in zip(compiled, replayed_steps(monkeypatch, SVI, [], take), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)  # the captured rate is a float32
