@@ -28,7 +28,8 @@ class AutoregressiveCategorical(nn.Module):
         ValueError: if it is not one of tokens, with one output for each.
 
     Example:
-        >>> from ppl_vae.networks.recurrent import RecurrentDecoder
+        >>> import torch
+        >>> from ppl_vae.networks import RecurrentDecoder
         >>> likelihood = AutoregressiveCategorical(RecurrentDecoder(2, vocabulary=10), max_length=7)
         >>> likelihood(torch.zeros(3, 2), torch.tensor([7, 2, 4])).sample().shape
         torch.Size([3, 7])

@@ -29,7 +29,8 @@ class AutoregressiveNormal(nn.Module):
         ValueError: if it is not one of reals, or has another number of outputs.
 
     Example:
-        >>> from ppl_vae.networks.recurrent import RecurrentDecoder
+        >>> import torch
+        >>> from ppl_vae.networks import RecurrentDecoder
         >>> likelihood = AutoregressiveNormal(RecurrentDecoder(2, data_dim=4), max_length=7)
         >>> likelihood(torch.zeros(3, 2)).event_shape
         torch.Size([7, 4])
