@@ -58,3 +58,12 @@ def batch_size(x: torch.Tensor | None, size: int | None) -> int:
     if size is None:
         raise ValueError("size: expected the number of data to draw when x is None, got None")
     return size
+
+
+def check_event(x: torch.Tensor | None, x_given_z: Any) -> None:
+    """Raise if data ``[n, *event]`` have another event shape than the likelihood."""
+    if x is not None and x.shape[1:] != x_given_z.event_shape:
+        raise ValueError(
+            f"x: expected data of the likelihood's event shape {tuple(x_given_z.event_shape)}, "
+            f"got {tuple(x.shape[1:])}"
+        )

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from ppl_vae.program import Program
+from ppl_vae.program import Program, check_event
 
 
 class CVAE(Program):
@@ -76,11 +76,7 @@ class CVAE(Program):
             pyro.sample("y", self._given(y), obs=y)
             z = pyro.sample("z", self.prior(y))
             x_given_z = self.likelihood(z, y)
-            if x is not None and x.shape[1:] != x_given_z.event_shape:
-                raise ValueError(
-                    f"x: expected data of the likelihood's event shape {tuple(x_given_z.event_shape)}, "
-                    f"got {tuple(x.shape[1:])}"
-                )
+            check_event(x, x_given_z)
             return pyro.sample("x", x_given_z, obs=x)
 
     def _given(self, y: Tensor) -> dist.TorchDistribution:

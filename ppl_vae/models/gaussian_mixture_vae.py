@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_choice, check_positive, check_positive_int
-from ppl_vae.program import Program, batch_size
+from ppl_vae.program import Program, batch_size, check_event
 
 LOG_SCALE = 7.0  # log sigma is clamped to plus and minus this
 
@@ -126,11 +126,7 @@ class GaussianMixtureVAE(Program):
             y = pyro.sample("y", dist.Categorical(logits=self.log_probs))
             z = pyro.sample("z", self.cluster(y))
             x_given_z = self.likelihood(z)
-            if x is not None and x.shape[1:] != x_given_z.event_shape:
-                raise ValueError(
-                    f"x: expected data of the likelihood's event shape {tuple(x_given_z.event_shape)}, "
-                    f"got {tuple(x.shape[1:])}"
-                )
+            check_event(x, x_given_z)
             return pyro.sample("x", x_given_z, obs=x)
 
 

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.program import Program, batch_size
+from ppl_vae.program import Program, batch_size, check_event
 
 
 class HierarchicalVAE(Program):
@@ -83,9 +83,5 @@ class HierarchicalVAE(Program):
             for level in range(len(self.layers) + 1, 0, -1):
                 drawn.append(pyro.sample(f"z{level}", self.conditional(drawn)))
             x_given_z = self.likelihood(self._seen(drawn))
-            if x is not None and x.shape[1:] != x_given_z.event_shape:
-                raise ValueError(
-                    f"x: expected data of the likelihood's event shape {tuple(x_given_z.event_shape)}, "
-                    f"got {tuple(x.shape[1:])}"
-                )
+            check_event(x, x_given_z)
             return pyro.sample("x", x_given_z, obs=x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ppl_vae._checks import check_at_least, check_positive, check_positive_int
 from ppl_vae.distributions import SomeLabels
 from ppl_vae.models.cvae import check_takes_labels
-from ppl_vae.program import Referring, batch_size
+from ppl_vae.program import Referring, batch_size, check_event
 
 NEVER = -1e30  # a log-probability whose exponential is 0, and whose product with 0 is 0
 
@@ -131,11 +131,7 @@ class SemiSupervisedVAE(Referring):
             if (dims := label.dim()) >= z.dim():  # y is enumerated, z not
                 z = z.expand((*label.shape[: dims - z.dim() + 1], *z.shape))
             x_given_z = self.likelihood(z, label)
-            if x is not None and x.shape[1:] != x_given_z.event_shape:
-                raise ValueError(
-                    f"x: expected data of the likelihood's event shape {tuple(x_given_z.event_shape)}, "
-                    f"got {tuple(x.shape[1:])}"
-                )
+            check_event(x, x_given_z)
             return pyro.sample("x", x_given_z, obs=x)
 
     def _classification(self, x: Tensor, y: Tensor) -> Tensor:

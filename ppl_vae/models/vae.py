@@ -3,7 +3,7 @@
 import pyro
 from torch import Tensor, nn
 
-from ppl_vae.program import Program, batch_size
+from ppl_vae.program import Program, batch_size, check_event
 
 
 class VAE(Program):
@@ -46,11 +46,7 @@ class VAE(Program):
         with pyro.plate("data", batch_size(x, size), dim=-1):
             z = pyro.sample("z", self.prior())
             x_given_z = self.likelihood(z)
-            if x is not None and x.shape[1:] != x_given_z.event_shape:
-                raise ValueError(
-                    f"x: expected data of the likelihood's event shape {tuple(x_given_z.event_shape)}, "
-                    f"got {tuple(x.shape[1:])}"
-                )
+            check_event(x, x_given_z)
             return pyro.sample("x", x_given_z, obs=x)
 
     def with_prior(self, prior: nn.Module) -> "VAE":

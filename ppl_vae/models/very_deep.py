@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int, check_sizes
 from ppl_vae.networks.residual import ResidualConv
-from ppl_vae.program import Program, batch_size
+from ppl_vae.program import Program, batch_size, check_event
 
 LOG_SCALE = 7.0  # log sigma is clamped to plus and minus this
 
@@ -124,11 +124,7 @@ class VeryDeepVAE(Program):
                 z = pyro.sample(f"z{len(self.blocks) - i}", prior)
                 state = block.update(state, added, z)
             x_given_z = self.likelihood(state.flatten(-3))
-            if x is not None and x.shape[1:] != x_given_z.event_shape:
-                raise ValueError(
-                    f"x: expected data of the likelihood's event shape {tuple(x_given_z.event_shape)}, "
-                    f"got {tuple(x.shape[1:])}"
-                )
+            check_event(x, x_given_z)
             return pyro.sample("x", x_given_z, obs=x)
 
 
