@@ -80,3 +80,19 @@ def check_number(name: str, value: object) -> float:
     if math.isnan(value):
         raise ValueError(f"{name}: expected a number, got {value!r}")
     return float(value)
+
+
+def check_features(network: object, features: object) -> int:
+    """Return the number of features that a network gives: as the argument, or its ``out_features``, says.
+
+    Raises:
+        TypeError: if neither does.
+        TypeError, ValueError: if it is not a whole number above 0.
+    """
+    width = getattr(network, "out_features", None) if features is None else features
+    if width is None:
+        raise TypeError(
+            f"features: expected the number of features that {type(network).__name__} gives, "
+            "since it has no `out_features`, got None"
+        )
+    return check_positive_int("features", width)

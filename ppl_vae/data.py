@@ -64,19 +64,15 @@ class Split:
         y = "" if self.y is None else f", y={list(self.y.shape)}"
         return f"Split(x={list(self.x.shape)}{y}{', dynamic' if self.dynamic else ''})"
 
-    def batch(self, index: Tensor | slice) -> tuple[Tensor, ...]:
+    def batch(self, index: Tensor) -> tuple[Tensor, ...]:
         """Return the rows ``index`` ``[m]`` as ``(x,)`` or ``(x, y)``; keep ``index`` on the device of ``x``.
 
         A dynamic split draws its bits from torch's global generator of that device.
         """
-
-        def rows(of: Tensor) -> Tensor:
-            if isinstance(index, slice):  # a copy too, which programs may change
-                return of[index].clone(memory_format=torch.contiguous_format)
-            return of.index_select(0, index)
-
-        x = torch.bernoulli(rows(self.x)) if self.dynamic else rows(self.x)
-        return (x,) if self.y is None else (x, rows(self.y))
+        x = self.x.index_select(0, index)
+        if self.dynamic:
+            x = torch.bernoulli(x)
+        return (x,) if self.y is None else (x, self.y.index_select(0, index))
 
     def to(self, device: torch.device | str) -> "Split":
         """Return the split on ``device``."""
@@ -260,10 +256,7 @@ def batches(
     """
     if isinstance(data, Split):
         data, batch_size = data.to(device), check_positive_int("batch_size", batch_size)
-        if shuffle:
-            yield from map(data.batch, torch.randperm(len(data), device=device).split(batch_size))
-        else:
-            yield from (data.batch(slice(i, i + batch_size)) for i in range(0, len(data), batch_size))
+        yield from map(data.batch, rows_of_batches(len(data), batch_size, device=device, shuffle=shuffle))
         return
     for item in data:
         batch = tuple(item) if isinstance(item, (tuple, list)) else (item,)
@@ -271,6 +264,13 @@ def batches(
             got = ", ".join(type(part).__name__ for part in batch)
             raise TypeError(f"batch: expected a tensor or a tuple of tensors, got {got}")
         yield tuple(part.to(device, non_blocking=True) for part in batch)
+
+
+def rows_of_batches(
+    size: int, batch_size: int, *, device: torch.device | str, shuffle: bool
+) -> tuple[Tensor, ...]:
+    """Return which of ``size`` rows `batches` puts into each batch, by the same draw."""
+    return (torch.randperm if shuffle else torch.arange)(size, device=device).split(batch_size)
 
 
 def semi_supervised(split: Split, labels: int = 100, *, seed: int = 0, repeat: int = 1) -> Split:

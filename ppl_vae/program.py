@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from pyro.nn import PyroModule
+from torch import nn
 
 _numbers = itertools.count()
 
@@ -32,8 +33,8 @@ class Program(PyroModule):
                 module._pyro_name = new + module._pyro_name.removeprefix(old)
 
 
-class Referring(Program):
-    """A program with attributes that it does not register, even if they are modules.
+class Referring(nn.Module):
+    """A module with attributes that it does not register, even if they are modules; a program puts it first.
 
     ``parameters()``, ``state_dict()``, ``train()`` and ``to()`` leave them alone. ``copy.deepcopy`` copies
     them as any attribute: what is copied together, as a model and its guide, stays together.

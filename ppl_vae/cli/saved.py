@@ -27,6 +27,7 @@ from ppl_vae.evaluation import sample as draw_samples
 from ppl_vae.infer.placing import place
 from ppl_vae.infer.running import batch_arguments
 from ppl_vae.models import CVAE, SemiSupervisedVAE
+from ppl_vae.models.cvae import classes_of
 from ppl_vae.training import Run, load_run
 from ppl_vae.training.saving import EVALUATION, read_config, write
 
@@ -227,9 +228,8 @@ def _drawn_from(run: Run) -> Any:
     labels = batch[1:] if isinstance(batch, list) else None
     if not isinstance(run.model, CVAE) or labels != [[[1], "int64"]]:
         return run.model
-    sizes = [getattr(part, name, None) for part in run.model.modules() for name in ("context", "num_classes")]
-    known = [size for size in sizes if isinstance(size, int)]
-    return _EachClass(run.model, min(known)) if known else run.model
+    classes = classes_of(run.model)
+    return run.model if classes is None else _EachClass(run.model, classes)
 
 
 class _EachClass(nn.Module):

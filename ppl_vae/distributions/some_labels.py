@@ -7,6 +7,8 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from ppl_vae._one_hot import one_hot
+
 
 class SomeLabels(dist.TorchDistribution):
     """Labels of which some are missing, -1: a missing one has probability 1, whatever it would be.
@@ -35,6 +37,5 @@ class SomeLabels(dist.TorchDistribution):
         """Return log p(y), 0 where y is missing."""
         if self._validate_args:
             self._validate_sample(value)
-        classes = torch.arange(self.log_probs.shape[-1], device=value.device)
-        chosen = value.unsqueeze(-1) == classes
+        chosen = one_hot(value, self.log_probs.shape[-1])
         return torch.where(chosen, self.log_probs, 0.0).sum(-1)

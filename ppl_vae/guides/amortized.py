@@ -4,10 +4,8 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from ppl_vae._checks import check_positive_int
+from ppl_vae._checks import check_features, check_positive_int
 from ppl_vae.program import Program
-
-LOG_SCALE = 7.0  # log sigma is clamped to plus and minus this
 
 
 class AmortizedGuide(Program):
@@ -33,13 +31,7 @@ class AmortizedGuide(Program):
         self.encoder = encoder
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
         self.features = features
-        width = getattr(encoder, "out_features", None) if features is None else features
-        if width is None:
-            raise TypeError(
-                f"features: expected the number of features that {type(encoder).__name__} gives, "
-                "since it has no `out_features`, got None"
-            )
-        self.head = nn.Linear(check_positive_int("features", width), outputs)
+        self.head = nn.Linear(check_features(encoder, features), outputs)
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the head's outputs, ``[n, outputs]``; ``y`` goes to the encoder too, if it is given."""

@@ -4,7 +4,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ppl_vae._checks import check_positive_int
+from ppl_vae._checks import check_features, check_positive_int
 from ppl_vae.guides.mean_field import mean_field
 from ppl_vae.networks.recurrent import padding_mask
 from ppl_vae.program import Program
@@ -44,14 +44,9 @@ class DeepMarkovGuide(Program):
         self.encoder = encoder
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
         self.features = features
-        width = getattr(encoder, "out_features", None) if features is None else features
-        if width is None:
-            raise TypeError(
-                f"features: expected the number of features that {type(encoder).__name__} gives, "
-                "since it has no `out_features`, got None"
-            )
+        width = check_features(encoder, features)
         self.start = nn.Parameter(torch.zeros(latent_dim))
-        self.from_z = nn.Linear(latent_dim, check_positive_int("features", width))
+        self.from_z = nn.Linear(latent_dim, width)
         self.head = nn.Linear(width, 2 * latent_dim)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:

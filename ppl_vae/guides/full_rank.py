@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
+from ppl_vae._scales import bounded_scale
 from ppl_vae.distributions import FullRankNormal
-from ppl_vae.guides.amortized import LOG_SCALE, AmortizedGuide
+from ppl_vae.guides.amortized import AmortizedGuide
 
 
 class FullRankGuide(AmortizedGuide):
@@ -54,7 +55,7 @@ def full_rank(outputs: Tensor, latent_dim: int) -> dist.TorchDistribution:
     """Return the normal of means, clamped log scales and the entries of A row by row."""
     d = latent_dim
     loc, log_scale, below = outputs.split([d, d, outputs.shape[-1] - 2 * d], -1)
-    scale = log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()
+    scale = bounded_scale(log_scale)
     rows, columns = torch.tril_indices(d, d, -1, device=outputs.device)
     factor = torch.diag_embed(torch.ones_like(scale))
     factor[..., rows, columns] = below / math.sqrt(d)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
+from ppl_vae._one_hot import one_hot
+from ppl_vae._scales import bounded_scale
 from ppl_vae.distributions import NormalMixture
-from ppl_vae.guides.amortized import LOG_SCALE, AmortizedGuide
+from ppl_vae.guides.amortized import AmortizedGuide
 
 
 class GaussianMixtureGuide(AmortizedGuide):
@@ -54,7 +56,7 @@ class GaussianMixtureGuide(AmortizedGuide):
         """Return logits ``[n, components]``, locations and scales ``[n, components, latent]``."""
         d, c = self.latent_dim, self.components
         logits, loc, log_scale = outputs.split([c, c * d, c * d], -1)
-        scale = log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()
+        scale = bounded_scale(log_scale)
         return logits, loc.unflatten(-1, (c, d)), scale.unflatten(-1, (c, d))
 
     def family(self, outputs: Tensor) -> dist.TorchDistribution:
@@ -86,7 +88,7 @@ class GaussianMixtureGuide(AmortizedGuide):
     def _given(self, y: Tensor, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """Return q(z | x, y)."""
         y = y.expand(*y.shape[:-1], len(loc))
-        chosen = (y.unsqueeze(-1) == torch.arange(self.components, device=y.device)).to(loc.dtype)
+        chosen = one_hot(y, self.components).to(loc.dtype)
         loc, scale = (torch.einsum("...nc,ncd->...nd", chosen, of_clusters) for of_clusters in (loc, scale))
         return dist.Normal(loc, scale).to_event(1)
 

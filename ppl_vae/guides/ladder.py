@@ -11,10 +11,10 @@ from torch.distributions import Independent, Normal
 from ppl_vae.guides.hierarchical import make_heads
 from ppl_vae.guides.mean_field import mean_field
 from ppl_vae.models.hierarchical import HierarchicalVAE
-from ppl_vae.program import Referring
+from ppl_vae.program import Program, Referring
 
 
-class LadderGuide(Referring):
+class LadderGuide(Referring, Program):
     r"""The ladder guide :math:`q(z_L \mid x) \prod_{l < L} q(z_l \mid z_{l+1}, \dots, z_L, x)`.
 
     A deterministic pass upwards gives each layer :math:`\hat\mu_l(x), \hat\sigma_l(x)`. The pass downwards

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ppl_vae._checks import check_positive_int
 from ppl_vae.guides.amortized import AmortizedGuide
 from ppl_vae.guides.mean_field import mean_field
-from ppl_vae.program import Referring
+from ppl_vae.program import Program, Referring
 
 START = 0.01  # the standard deviation of the first values
 
 
-class LocalGuide(Referring):
+class LocalGuide(Referring, Program):
     r"""The guide of free parameters for each datum, :math:`q_i(z) = N(z; \mu_i, \mathrm{diag}\, \sigma_i^2)`.
 
     A separate optimisation for each datum i: what an encoder loses against it on the same data is the

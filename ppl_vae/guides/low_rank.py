@@ -6,8 +6,9 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
+from ppl_vae._scales import bounded_scale
 from ppl_vae.distributions.low_rank_normal import LowRankNormal
-from ppl_vae.guides.amortized import LOG_SCALE, AmortizedGuide
+from ppl_vae.guides.amortized import AmortizedGuide
 
 
 class LowRankGuide(AmortizedGuide):
@@ -54,6 +55,6 @@ class LowRankGuide(AmortizedGuide):
         """Return the normal of these outputs: means, log scales and V row by row."""
         d, r = self.latent_dim, self.rank
         loc, log_scale, factor = outputs.split([d, d, d * r], -1)
-        scale = log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()
+        scale = bounded_scale(log_scale)
         columns = scale.unsqueeze(-1) * factor.unflatten(-1, (d, r)) / math.sqrt(r)
         return LowRankNormal(loc, columns, scale.square())

@@ -4,7 +4,8 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
-from ppl_vae.guides.amortized import LOG_SCALE, AmortizedGuide
+from ppl_vae._scales import bounded_scale
+from ppl_vae.guides.amortized import AmortizedGuide
 
 
 class MeanFieldGuide(AmortizedGuide):
@@ -44,4 +45,4 @@ class MeanFieldGuide(AmortizedGuide):
 def mean_field(outputs: Tensor) -> dist.TorchDistribution:
     """Return the normal of independent dimensions with these means and, clamped, log standard deviations."""
     loc, log_scale = outputs.chunk(2, -1)
-    return dist.Normal(loc, log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()).to_event(1)
+    return dist.Normal(loc, bounded_scale(log_scale)).to_event(1)

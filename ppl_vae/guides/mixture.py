@@ -6,8 +6,9 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_choice, check_positive_int
+from ppl_vae._scales import bounded_scale
 from ppl_vae.distributions import NormalMixture
-from ppl_vae.guides.amortized import LOG_SCALE, AmortizedGuide
+from ppl_vae.guides.amortized import AmortizedGuide
 
 
 class MixtureGuide(AmortizedGuide):
@@ -75,6 +76,6 @@ class MixtureGuide(AmortizedGuide):
         loc, log_scale, logits = outputs.split([c * d, c * d, outputs.shape[-1] - 2 * c * d], -1)
         if self.weights == "equal":
             logits = outputs.new_zeros(c).expand(*outputs.shape[:-1], c)
-        scale = log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()
+        scale = bounded_scale(log_scale)
         normals = dist.Normal(loc.unflatten(-1, (c, d)), scale.unflatten(-1, (c, d))).to_event(1)
         return NormalMixture(dist.Categorical(logits=logits), normals)

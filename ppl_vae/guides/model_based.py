@@ -14,10 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ppl_vae.infer.running import Program as AnyProgram
 from ppl_vae.infer.running import calls_of_modules, in_own_store, latent_sites, observed_sites, without_table
-from ppl_vae.program import Referring
+from ppl_vae.program import Program, Referring
 
 
-class ModelBasedGuide(Referring):
+class ModelBasedGuide(Referring, Program):
     """A guide that starts from another's posterior and looks at the model's log p(x, z).
 
     The model is no part of it: ``parameters()``, ``state_dict()``, ``train()`` and ``to()`` leave it alone.

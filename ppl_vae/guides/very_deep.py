@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ppl_vae._checks import check_sizes
 from ppl_vae.models.very_deep import VeryDeepVAE, normal_image
 from ppl_vae.networks.residual import ResidualConv
-from ppl_vae.program import Referring
+from ppl_vae.program import Program, Referring
 
 
-class VeryDeepGuide(Referring):
+class VeryDeepGuide(Referring, Program):
     r"""The top-down guide :math:`\prod_l q(z_l \mid z_{l+1}, \dots, z_L, x)` of :class:`VeryDeepVAE`.
 
     A pass upwards gives features of the data at each side, by convolutions and average pooling. The pass

@@ -84,7 +84,7 @@ class CompiledSVI(SVI):
         self._held: dict[int, Tensor] = {}  # the tensors of all graphs
         self._written: set[tuple[int, str]] = set()  # attributes that runs leave behind
         self._replays: dict[Any, Replay] = {}
-        self._source: tuple[Any, ...] = ()  # the data that replays gather from
+        self._source: tuple[Any, ...] = (None, None, None)  # the data that replays gather from
         self._examples: dict[int, tuple[Tensor, ...]] = {}  # batches of it by size, for their shapes
         self._compiled = 0
         self._failure: str | None = None
@@ -121,7 +121,7 @@ class CompiledSVI(SVI):
         if not _on_cuda(index):
             return take(index)
         source = data.x, data.y, data.dynamic
-        if len(source) != len(self._source) or any(map(operator.is_not, source, self._source)):
+        if any(map(operator.is_not, source, self._source)):
             self._source, self._examples = source, {}
             self._replays = {key: replay for key, replay in self._replays.items() if key[0] is None}
         if len(index) not in self._examples:
@@ -281,8 +281,7 @@ class CompiledSVI(SVI):
     def _warn(self) -> None:
         """Say, once, why steps are plain."""
         if self._failure and not self._warned:
-            message = f"CompiledSVI: {self._failure}; steps are those of SVI"
-            warn(message)
+            warn(f"CompiledSVI: {self._failure}; steps are those of SVI")
             self._warned = True
 
 

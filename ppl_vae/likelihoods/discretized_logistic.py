@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
+from ppl_vae._scales import bounded_scale
 from ppl_vae.distributions.discretized_logistic import DiscretizedLogisticMixture
 from ppl_vae.likelihoods._decoder import bias_and_data, check_levels, decode, event_dims, split_output
 
@@ -62,7 +63,7 @@ class DiscretizedLogistic(nn.Module):
             names = "log-weight, mean, log-scale of each component"
             outputs = split_output(output, z, self.outputs(self.components), names).movedim(0, -1)
             logits, loc, log_scale = outputs.chunk(3, -1)
-        scale = log_scale.clamp(-7.0, 7.0).exp()
+        scale = bounded_scale(log_scale)
         pixels = DiscretizedLogisticMixture(logits, loc, scale, self.levels)
         return pixels.to_event(event_dims(output, z))
 

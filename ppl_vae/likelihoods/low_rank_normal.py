@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ppl_vae import distributions
 from ppl_vae._checks import check_positive_int
+from ppl_vae._scales import bounded_scale
 from ppl_vae.distributions.reshaped import Reshaped
 from ppl_vae.likelihoods._decoder import decode, event_dims, split_output
 
@@ -54,7 +55,7 @@ class LowRankNormal(nn.Module):
         outputs = split_output(output, z, self.outputs(self.rank), "mean, log-scale, columns")
         dims = event_dims(output, z)
         flat = outputs.flatten(-dims)
-        scale = flat[1].clamp(-7.0, 7.0).exp()
+        scale = bounded_scale(flat[1])
         columns = scale.unsqueeze(-1) * flat[2:].movedim(0, -1) / math.sqrt(self.rank)
         normal = distributions.LowRankNormal(flat[0], columns, scale.square())
         return Reshaped.to(normal, outputs.shape[-dims:])

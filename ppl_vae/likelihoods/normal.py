@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_choice, check_positive
+from ppl_vae._scales import bounded_scale
 from ppl_vae.likelihoods._decoder import decode, event_dims, out_shape, split_output
 
 
@@ -58,7 +59,7 @@ class Normal(nn.Module):
         dims = event_dims(loc, z)
         if self.scale == "network":
             loc, log_scale = split_output(loc, z, 2, "mean, log-scale").unbind()
-            scale = log_scale.clamp(-7.0, 7.0).exp()
+            scale = bounded_scale(log_scale)
         elif isinstance(self.scale, str):
             scale = self.log_scale.exp().expand_as(loc)
         else:

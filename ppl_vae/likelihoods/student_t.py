@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_choice, check_positive
+from ppl_vae._scales import bounded_scale
 from ppl_vae.likelihoods._decoder import decode, event_dims, split_output
 
 Choice = float | Literal["learned", "network"]
@@ -83,7 +84,7 @@ class StudentT(nn.Module):
         names = ["location"] + ["log-scale"] * (self.scale == "network") + ["df"] * (self.df == "network")
         loc, *rest = split_output(output, z, len(names), ", ".join(names)).unbind()
         if self.scale == "network":
-            scale = rest[0].clamp(-7.0, 7.0).exp()
+            scale = bounded_scale(rest[0])
         elif isinstance(self.scale, str):
             scale = self.log_scale.exp()
         else:

@@ -85,11 +85,15 @@ class CVAE(Program):
         if y.is_floating_point():
             support = constraints.independent(constraints.real, y.dim() - 1)
         else:
-            names = "context", "num_classes"
-            sizes = [getattr(module, name, None) for module in self.modules() for name in names]
-            known = [size for size in sizes if isinstance(size, int)]
-            support = constraints.integer_interval(0, min(known) - 1) if known else constraints.integer
+            classes = classes_of(self)
+            support = constraints.integer if classes is None else constraints.integer_interval(0, classes - 1)
         return dist.ImproperUniform(support, (), y.shape[1:]).mask(False)
+
+
+def classes_of(model: nn.Module) -> int | None:
+    """Return how many classes all networks of a model take as labels; None if none says."""
+    sizes = [getattr(part, name, None) for part in model.modules() for name in ("context", "num_classes")]
+    return min((size for size in sizes if isinstance(size, int)), default=None)
 
 
 def check_takes_labels(likelihood: nn.Module) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
+from ppl_vae._scales import bounded_scale
 from ppl_vae.models.sequence import sequences
 from ppl_vae.networks.recurrent import fill_padding, padding_mask
 from ppl_vae.program import Program
@@ -100,4 +101,4 @@ class DeepMarkovModel(Program):
                 f"dimension, got {outputs.shape[-1]}"
             )
         loc, log_scale = outputs.chunk(2, -1)
-        return dist.Normal(loc, log_scale.clamp(-7.0, 7.0).exp()).to_event(1)
+        return dist.Normal(loc, bounded_scale(log_scale)).to_event(1)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_choice, check_positive, check_positive_int
+from ppl_vae._one_hot import one_hot
+from ppl_vae._scales import bounded_scale
 from ppl_vae.program import Program, batch_size, check_event
-
-LOG_SCALE = 7.0  # log sigma is clamped to plus and minus this
 
 
 class GaussianMixtureVAE(Program):
@@ -105,8 +105,8 @@ class GaussianMixtureVAE(Program):
 
     def cluster(self, y: Tensor) -> dist.TorchDistribution:
         """Return p(z | y): batch shape that of ``y``, whole numbers; event shape ``[latent]``."""
-        chosen = one_hot(y, self.loc)
-        scale = self.log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()
+        chosen = one_hot(y, self.components).to(self.loc.dtype)
+        scale = bounded_scale(self.log_scale)
         return dist.Normal(chosen @ self.loc, chosen @ scale).to_event(1)
 
     def forward(self, x: Tensor | None = None, *, size: int | None = None) -> Tensor:
@@ -128,9 +128,3 @@ class GaussianMixtureVAE(Program):
             x_given_z = self.likelihood(z)
             check_event(x, x_given_z)
             return pyro.sample("x", x_given_z, obs=x)
-
-
-def one_hot(y: Tensor, by_component: Tensor) -> Tensor:
-    """Return one-hot rows ``[*batch, components]`` of clusters, of the dtype of ``[components, ...]``."""
-    numbers = torch.arange(by_component.shape[0], device=y.device)
-    return (y.unsqueeze(-1) == numbers).to(by_component.dtype)

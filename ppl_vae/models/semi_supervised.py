@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_at_least, check_positive, check_positive_int
+from ppl_vae._one_hot import one_hot
 from ppl_vae.distributions import SomeLabels
 from ppl_vae.models.cvae import check_takes_labels
-from ppl_vae.program import Referring, batch_size, check_event
+from ppl_vae.program import Program, Referring, batch_size, check_event
 
 NEVER = -1e30  # a log-probability whose exponential is 0, and whose product with 0 is 0
 
 
-class SemiSupervisedVAE(Referring):
+class SemiSupervisedVAE(Referring, Program):
     r"""The model :math:`p(y) \, p(z) \, p(x \mid z, y)`, M2, of data of which some have a label y.
 
     A batch mixes both kinds; the label -1 is a missing one. Of a datum with a label the ELBO bounds
@@ -156,6 +157,5 @@ def known_labels(logits: Tensor, y: Tensor | None) -> Tensor:
     """Return logits that are certain where there is a label, ``[n, classes]``; as they are without ``y``."""
     if y is None:
         return logits
-    column = y.unsqueeze(-1)
-    certain = torch.where(column == torch.arange(logits.shape[-1], device=y.device), 0.0, NEVER)
-    return torch.where(column < 0, logits, certain.to(logits.dtype))
+    certain = torch.where(one_hot(y, logits.shape[-1]), 0.0, NEVER)
+    return torch.where(y.unsqueeze(-1) < 0, logits, certain.to(logits.dtype))

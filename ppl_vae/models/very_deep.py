@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int, check_sizes
+from ppl_vae._scales import bounded_scale
 from ppl_vae.networks.residual import ResidualConv
 from ppl_vae.program import Program, batch_size, check_event
-
-LOG_SCALE = 7.0  # log sigma is clamped to plus and minus this
 
 
 class _TopDownBlock(nn.Module):
@@ -131,4 +130,4 @@ class VeryDeepVAE(Program):
 def normal_image(outputs: Tensor) -> dist.TorchDistribution:
     """Return the normal of independent pixels with these means and, clamped, log standard deviations."""
     loc, log_scale = outputs.chunk(2, -3)
-    return dist.Normal(loc, log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()).to_event(3)
+    return dist.Normal(loc, bounded_scale(log_scale)).to_event(3)

@@ -9,6 +9,7 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_choice
+from ppl_vae._one_hot import one_hot
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -129,7 +130,7 @@ def encode_context(context: Tensor | None, size: int, batch: tuple[int, ...], li
             outside = (context < 0) | (context >= size)
             if outside.any():
                 raise ValueError(f"context: expected labels in [0, {size}), got {int(context[outside][0])}")
-        encoded = (context.unsqueeze(-1) == torch.arange(size, device=context.device)).to(like.dtype)
+        encoded = one_hot(context, size).to(like.dtype)
     try:
         torch.broadcast_shapes(batch, encoded.shape[:-1])
     except RuntimeError:

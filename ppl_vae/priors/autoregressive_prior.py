@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ppl_vae._checks import check_choice, check_positive_int, check_sizes
+from ppl_vae._scales import bounded_scale
 from ppl_vae.distributions.normal_mixture import NormalMixture
 from ppl_vae.flows import _zuko
 from ppl_vae.flows.flow import Parameters
 from ppl_vae.networks._layers import ACTIVATIONS
-
-LOG_SCALE = 7.0  # log sigma is clamped to plus and minus this
 
 
 class AutoregressivePrior(nn.Module):
@@ -98,7 +97,7 @@ class AutoregressivePrior(nn.Module):
         else:
             flat = self.network(z).unflatten(-1, (self.latent_dim, -1))
         loc, log_scale, logits = flat.split(self._sizes, -1)
-        scale = log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()
+        scale = bounded_scale(log_scale)
         return loc, scale, logits.log_softmax(-1) if self.components > 1 else None
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:

@@ -3,7 +3,7 @@
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from ppl_vae._checks import check_positive_int
+from ppl_vae._checks import check_features, check_positive_int
 from ppl_vae.guides.mean_field import mean_field
 from ppl_vae.networks._layers import encode_context
 
@@ -52,13 +52,7 @@ class ConditionalNormal(nn.Module):
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
         self.features = features
         self.num_classes = None if num_classes is None else check_positive_int("num_classes", num_classes)
-        width = getattr(network, "out_features", None) if features is None else features
-        if width is None:
-            raise TypeError(
-                f"features: expected the number of features that {type(network).__name__} gives, "
-                "since it has no `out_features`, got None"
-            )
-        self.head = nn.Linear(check_positive_int("features", width), 2 * self.latent_dim)
+        self.head = nn.Linear(check_features(network, features), 2 * self.latent_dim)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         """Return the Distribution, with batch shape ``[n]`` and event shape ``[latent]``.

@@ -5,9 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int, check_seed
+from ppl_vae._scales import bounded_scale
 from ppl_vae.distributions import SharedNormalMixture
-
-LOG_SCALE = 7.0  # log sigma is clamped to plus and minus this
 
 
 class GaussianMixture(nn.Module):
@@ -83,7 +82,7 @@ class GaussianMixture(nn.Module):
         Args:
             context: what the model is conditioned on, if anything; the prior is independent of it.
         """
-        scale = self.log_scale.clamp(-LOG_SCALE, LOG_SCALE).exp()
+        scale = bounded_scale(self.log_scale)
         return SharedNormalMixture(self.loc, scale, self.logits.log_softmax(-1))
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ppl_vae._checks import check_number, check_positive_int, check_sizes
 from ppl_vae.distributions import SharedMixture, SharedNormalMixture
 from ppl_vae.guides.amortized import AmortizedGuide
+from ppl_vae.program import Referring
 
 
-class VampPrior(nn.Module):
+class VampPrior(Referring):
     r"""The mixture of the guide's posteriors of pseudo-inputs, :math:`p(z) = \sum_c w_c \, q(z \mid u_c)`.
 
     The pseudo-inputs :math:`u_c` are learned, and clamped to ``bounds``: one that leaves them has no
@@ -57,6 +58,7 @@ class VampPrior(nn.Module):
         torch.Size([3, 2])
     """
 
+    references = ("guide",)
     guide: Any
     logits: nn.Parameter | None
 
@@ -89,12 +91,6 @@ class VampPrior(nn.Module):
         self.register_parameter(
             "logits", nn.Parameter(torch.zeros(self.components)) if learn_weights else None
         )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "guide":
-            object.__setattr__(self, name, value)  # a reference: it is not registered
-        else:
-            super().__setattr__(name, value)
 
     @torch.no_grad()
     def init_pseudo_inputs(self, x: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from ppl_vae._random import seeded
-from ppl_vae.data import Split, batches, num_batches
+from ppl_vae.data import Split, batches, num_batches, rows_of_batches
 from ppl_vae.infer.checking import Observation, check_batch
 from ppl_vae.infer.estimator import Estimator
 from ppl_vae.infer.running import (
@@ -172,7 +172,8 @@ class Training:
     def _taken_steps(self, unchecked: bool) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
         """Take an epoch's steps; yield the number of data, the loss and the parts of each."""
         if isinstance(self.train, Split):
-            for index in torch.randperm(len(self.train), device=self.device).split(self.batch_size):
+            rows = rows_of_batches(len(self.train), self.batch_size, device=self.device, shuffle=True)
+            for index in rows:
                 yield len(index), *self.svi.step_of(self.train, index)
             return
         for step, batch in enumerate(self._batches(), 1):

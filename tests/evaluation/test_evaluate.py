@@ -306,7 +306,7 @@ def test_tensors_stay_within_the_memory(num_particles: int, heavy: str, memory: 
     torch.manual_seed(0)
     if heavy == "decoder":
         model: nn.Module = VAE(StandardNormal(2), Bernoulli(MLP(2, (784,), (400,))))
-        guide, x = MeanFieldGuide(MLP(784, hidden=(4,)), 2), (torch.rand(20, 784) > 0.5).float()
+        guide, x = MeanFieldGuide(MLP(784, hidden=(4,)), 2), (torch.rand(12, 784) > 0.5).float()
     else:
         model, guide, x = LinearGaussian(2, 5), MeanFieldGuide(Wide(10_000), 2), linear_data(200)
     with Peak(x, *model.parameters(), *guide.parameters()) as peak:
