@@ -176,12 +176,18 @@ def main() -> None:
             "set-up": f"MNIST, {len(train)} training images, hidden 500-500 ReLU in prior, decoder and "
             "encoder, 200 latent dimensions, KL_ELBO with one draw, Adam, early stopping by the validation "
             "ELBO; importance sampling with K draws from the encoder",
-            **{k: v for k, v in vars(settings).items() if k not in ("root", "results", "quadrants")},
+            **{
+                k: v
+                for k, v in vars(settings).items()
+                if k not in ("root", "results", "quadrants", "binarization")
+            },
             "test": rows,
             "threads": torch.get_num_threads(),
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         }
-        path.write_text(yaml.safe_dump(record, sort_keys=False, width=100))
+        recorded = (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+        recorded[settings.binarization] = record
+        path.write_text(yaml.safe_dump(recorded, sort_keys=False, width=100))
     print(f"recorded in {path}")
 
 

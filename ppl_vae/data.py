@@ -33,7 +33,8 @@ BINARIZATION_SEED = 777  # the seed of the VampPrior experiments
 SPLIT_SEED = 0
 
 _MNIST_LIKE = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
-_NAMES = ("digits", *_MNIST_LIKE)
+_SPRITES = ("sprites", "dsprites")
+_NAMES = ("digits", *_MNIST_LIKE, *_SPRITES)
 _SPLITS = ("train", "validation", "test")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -113,6 +114,10 @@ def load_dataset(
       images. The ``.gz`` files are read from ``<root>/MNIST/raw`` or ``<root>/FashionMNIST/raw``; nothing is
       written there. Without ``root``, the folder in the environment variable ``PPL_VAE_DATA`` and the user's
       cache are searched, then the files are downloaded into the cache.
+    - ``"sprites"``: 7680 drawn images, 32 x 32, of all combinations of five factors, split 80 / 10 / 10; see
+      ``ppl_vae.sprites.make_sprites`` for other sizes. ``"dsprites"``: the file of that dataset, 12 GB in
+      memory, in ``root`` or where MNIST is searched; not downloaded. Labels of both are the factors, float32
+      ``[n, 5]``, whole numbers from 0.
     - a path to an ``.npz``: arrays ``x`` and, if there are labels, ``y``, split 80 / 10 / 10 by a fixed
       permutation; or ``x_train``, ``x_validation``, ``x_test`` (and ``y_...``), where a missing validation
       split is the last tenth of train. uint8 is scaled by 1/255, ``[n, H, W]`` becomes ``[n, 1, H, W]``.
@@ -123,7 +128,7 @@ def load_dataset(
 
     Args:
         name: a name or a path from the list above.
-        root: folder of the MNIST-like files; the other sets don't use it.
+        root: folder of the MNIST-like files or of that of dSprites; the other sets don't use it.
         binarization: ``None`` keeps the values; ``"threshold"`` is x >= 0.5; ``"static"`` draws each bit once
             from Bernoulli(x), with a fixed seed; ``"dynamic"`` draws the training bits anew in each batch and
             keeps the validation and test bits of ``"static"``, which on MNIST are those of the VampPrior
@@ -147,6 +152,8 @@ def load_dataset(
         splits = _load_digits()
     elif name in _MNIST_LIKE:
         splits = _load_mnist_like(str(name), root)
+    elif name in _SPRITES:
+        splits = _load_sprites(str(name), root)
     else:
         splits = _load_path(name)
     if binarization is not None:
@@ -415,6 +422,13 @@ def _load_mnist_like(name: str, root: str | os.PathLike[str] | None) -> dict[str
 
     train, test = split("train"), split("t10k")
     return {**_split_at(train, [len(train) - 10_000, 10_000, 0]), "test": test}
+
+
+def _load_sprites(name: str, root: str | os.PathLike[str] | None) -> dict[str, Split]:
+    from ppl_vae.sprites import load_dsprites, make_sprites
+
+    dataset = make_sprites() if name == "sprites" else load_dsprites(root)
+    return {key: getattr(dataset, key) for key in _SPLITS}
 
 
 def _find_or_download(name: str, kind: Any, root: str | os.PathLike[str] | None) -> Path:

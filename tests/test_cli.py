@@ -829,7 +829,7 @@ def test_bad_input_to_the_program_itself(home: Path) -> None:
     [
         ("fit", "size: too small", "size: too small"),
         ("sample", "size: too small", "--size: too small"),
-        ("evaluate", "size: too small", "size: too small"),
+        ("evaluate", "epochs: too small", "epochs: too small"),
         ("evaluate", "num_particles: none", "--num_particles: none"),
         ("plot", "num_particles: none", "num_particles: none"),
         ("compare", "repeats: one", "--repeats: one"),

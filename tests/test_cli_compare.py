@@ -210,7 +210,7 @@ def test_options_that_come_from_elsewhere() -> None:
         ("run --device cuda:99", ["--device: "]),
         ("run --epochs 3", ["--epochs: expected only without the folder of a saved run, got 3"]),
         ("--classes a.py:B", ["--classes: expected only with the folder of a saved run"]),
-        ("run other", ["RUN: expected the folder of one saved run or none, got 'run', 'other'"]),
+        ("run other", ["other: expected the folder of a saved run, found no config.yaml in it"]),
         ("nowhere", ["nowhere"]),
         ("run --estimator stl", ["--estimator: unknown setting (did you mean 'estimators'?)"]),
         ("run --output bits.npz", ["--output: expected a folder, got the file bits.npz"]),

@@ -189,8 +189,8 @@ def label_model() -> nn.Module:
     return SemiSupervisedVAE(StandardNormal(LATENT), Bernoulli(labelled()), CLASSES)
 
 
-def gaussian_mixture(weights: str = "learned") -> nn.Module:
-    return GaussianMixtureVAE(CLASSES, LATENT, Bernoulli(dense()), weights=weights)
+def gaussian_mixture(weights: str = "learned", covariance: str = "diagonal") -> nn.Module:
+    return GaussianMixtureVAE(CLASSES, LATENT, Bernoulli(dense()), weights=weights, covariance=covariance)
 
 
 def hierarchy(skip: bool = False) -> nn.Module:
@@ -324,6 +324,12 @@ GUIDES = (
         latents=CLUSTERED,
         half=lambda guide: gaussian_mixture(),
     ),
+    Case(
+        "GaussianMixtureGuide-independent",
+        lambda: GaussianMixtureGuide(MLP(IMAGE, hidden=5), LATENT, CLASSES, per_cluster=False),
+        latents=CLUSTERED,
+        half=lambda guide: gaussian_mixture(),
+    ),
     Case("HierarchicalGuide", bottom_up, latents=LAYERED, half=lambda guide: hierarchy()),
     Case(
         "LadderGuide",
@@ -367,12 +373,12 @@ MODELS = (
     ),
     *(
         Case(
-            f"GaussianMixtureVAE-{weights}",
-            lambda weights=weights: gaussian_mixture(weights),
+            f"GaussianMixtureVAE-{'-'.join(kind)}",
+            lambda kind=kind: gaussian_mixture(*kind),
             latents=CLUSTERED,
             half=lambda model: GaussianMixtureGuide(MLP(IMAGE, hidden=5), LATENT, CLASSES),
         )
-        for weights in ("learned", "equal", "stick-breaking")
+        for kind in (("learned",), ("equal",), ("stick-breaking",), ("learned", "full"))
     ),
     Case("HierarchicalVAE", hierarchy, latents=LAYERED, half=lambda model: bottom_up()),
     Case("HierarchicalVAE-skip", lambda: hierarchy(skip=True), latents=LAYERED, half=ladder),

@@ -13,8 +13,9 @@ from importlib.metadata import version
 
 from ppl_vae._checks import check_choice
 from ppl_vae.cli.comparing import COMPARE_SETTINGS, compare
+from ppl_vae.cli.evaluating import evaluate
 from ppl_vae.cli.fitting import FIT_SETTINGS, fit
-from ppl_vae.cli.saved import SETTINGS_OF_RUNS, evaluate, plot, sample
+from ppl_vae.cli.saved import SETTINGS_OF_RUNS, plot, sample
 from ppl_vae.cli.settings import Help, Setting
 
 __all__ = ["main"]
@@ -24,8 +25,8 @@ _USAGE = """usage: ppl-vae COMMAND [--setting VALUE ...]
 Variational autoencoders as Pyro model / guide pairs.
 
   fit       train a pair on data, evaluate it, draw plots, save all in a folder
-  evaluate  ELBO, its parts and log p(x) of a saved run
-  compare   ELBO estimators side by side: bounds, gradient noise and bias, time, memory
+  evaluate  ELBO, its parts and log p(x) of a saved run; with --all a report of all that suits it
+  compare   of several runs a report, side by side; of one the ELBO estimators: bounds, gradient noise, time
   sample    draw data from a saved run's prior
   plot      draw the plots of a saved run again
 
@@ -33,6 +34,8 @@ ppl-vae fit                          a small VAE on handwritten digits, in under
 ppl-vae fit --data mnist --output runs/mnist
 ppl-vae fit --encoder ConvEncoder --decoder ConvDecoder --latent_dim 8 --output runs/conv
 ppl-vae fit --prior vamp --guide flow --output runs/vamp         short for VampPrior and FlowGuide
+ppl-vae evaluate runs/mnist --all                                 writes runs/mnist/report.html
+ppl-vae compare runs/conv runs/vamp                               writes comparison.html
 ppl-vae compare runs/mnist --estimators "trace,stl,iwae(50),dreg(50)"
 ppl-vae COMMAND --help               all settings; with --guide NAME etc. those of that class
 

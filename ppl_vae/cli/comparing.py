@@ -2,8 +2,8 @@
 
 import inspect
 import re
-import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,18 @@ from pyro.infer import ELBO
 from ppl_vae import plots
 from ppl_vae._checks import check_choice, check_positive_int, check_seed, did_you_mean
 from ppl_vae._random import seeded
+from ppl_vae.cli.comparing_runs import compare_runs
 from ppl_vae.cli.fitting import FIT_SETTINGS, choose_pieces, given_by, train
 from ppl_vae.cli.pieces import settings_of_pieces, short_names
-from ppl_vae.cli.saved import RUN_SETTINGS, data_of, folder_of, load_saved, save_figure, write_file
+from ppl_vae.cli.saved import (
+    RUN_SETTINGS,
+    data_of,
+    folder_of,
+    load_saved,
+    open_folder,
+    save_figure,
+    write_file,
+)
 from ppl_vae.cli.settings import Given, Help, Setting, Source, format_help, settings_of, split_words
 from ppl_vae.data import Dataset
 from ppl_vae.evaluation import compare_estimators
@@ -30,36 +39,62 @@ COMPARE_SETTINGS = {
         "classes of ppl_vae.infer or pyro.infer, with or without Trace and ELBO, such as trace, iwae(50)",
         *(str, "trace,meanfield,stl,iwae,dreg", _GROUP, "NAMES"),
     ),
-    "num_particles": Setting("draws per datum of those without a number of their own", int, 16, _GROUP),
-    "size": Setting("how many data of the split to take, at random", int, 100, _GROUP),
+    "num_particles": Setting(
+        "draws per datum of those without a number of their own; of several runs by default 1000",
+        *(int, 16, _GROUP),
+    ),
+    "size": Setting(
+        "how many data of the split to take, at random; of several runs by default 1000", int, 100, _GROUP
+    ),
     **{name: RUN_SETTINGS[name] for name in ("split", "data", "root")},
     **{
         name: _OF_COMPARISON[name] for name in ("repeats", "seed", "reference_particles", "reference_repeats")
     },
-    **{name: RUN_SETTINGS[name] for name in ("device", "progress")},
+    **{name: RUN_SETTINGS[name] for name in ("memory", "device", "progress")},
+    **{
+        name: replace(RUN_SETTINGS[name], help=RUN_SETTINGS[name].help.replace("with --all", "several runs"))
+        for name in ("gaps_size", "gaps_steps")
+    },
     "epochs": Setting("without RUN: how long to train the pair of `ppl-vae fit`", int, 10, _GROUP),
     "output": Setting(
-        "folder for estimators.csv and estimators.png; by default RUN, without RUN the current one",
+        "folder for estimators.csv and estimators.png, of several runs for comparison.html and "
+        "comparison.yaml; by default RUN, without RUN or with several the current one",
         *(str | None, None, _GROUP, "FOLDER"),
     ),
     "classes": RUN_SETTINGS["classes"],
 }
+_OF_RUNS = {"num_particles": 1000, "size": 1000}  # defaults of several runs
+_ONLY_OF_RUNS = ("memory", "gaps_size", "gaps_steps")
+_OF_ESTIMATORS = ("estimators", "repeats", "reference_particles", "reference_repeats", "epochs")
 
 
 def compare(words: list[str]) -> None:
-    """Compare estimators on a saved run, or on the default pair after a few epochs."""
+    """Compare several saved runs, or estimators on one, or on the default pair after a few epochs."""
     folders, typed = split_words(words)
     if "help" in typed:
         text = (
-            "Compare ELBO estimators on a saved run: their bounds, noise and bias of their gradients, "
-            "time and memory. Without RUN, on the default pair of `ppl-vae fit`, which is trained first."
+            "Compare several saved runs on the same data, in a report: ELBO, its parts, log p(x), inference "
+            "gaps, settings, images. Of one run, compare ELBO estimators: their bounds, noise and bias of "
+            "their gradients, time and memory; without RUN, on the default pair of `ppl-vae fit`, which is "
+            "trained first."
         )
-        raise Help(format_help("ppl-vae compare [RUN] [--setting VALUE ...]", text, COMPARE_SETTINGS))
+        usage = "ppl-vae compare [RUN] [RUN ...] [--setting VALUE ...]"
+        raise Help(format_help(usage, text, COMPARE_SETTINGS))
     given = Given(Source(typed), defaults={})
     values = given.values_in(COMPARE_SETTINGS)
     if len(folders) > 1:
-        got = ", ".join(map(repr, folders))
-        raise ValueError(f"RUN: expected the folder of one saved run or none, got {got}")
+        for name in _OF_ESTIMATORS:
+            if name in given:
+                raise ValueError(
+                    f"--{name}: expected only with one saved run or none, whose estimators are compared; got "
+                    f"{len(folders)} runs"
+                )
+        defaults = {name: default for name, default in _OF_RUNS.items() if name not in given}
+        compare_runs(folders, values | defaults, words)
+        return
+    for name in _ONLY_OF_RUNS:
+        if name in given:
+            raise ValueError(f"--{name}: expected only with several saved runs, got {values[name]!r}")
     for name, allowed in (("epochs", not folders), ("classes", bool(folders))):
         if name in given and not allowed:
             when = "without" if name == "epochs" else "with"
@@ -75,10 +110,10 @@ def compare(words: list[str]) -> None:
         if Path(folders[0]).is_file():
             raise ValueError(f"RUN: expected the folder of a saved run, got the file {folders[0]}")
         run = load_saved(Path(folders[0]), values["classes"])
-        output = _open(Path(values["output"] or folder_of(run)))
+        output = open_folder(Path(values["output"] or folder_of(run)))
         dataset = data_of(run, values)
     else:
-        output = _open(Path(values["output"] or "."))
+        output = open_folder(Path(values["output"] or "."))
         run, dataset = _train_default(values)
     estimators = parse_estimators(values["estimators"], num_particles, len(dataset.train))
     place(values["device"], run.model, run.guide)
@@ -92,18 +127,6 @@ def compare(words: list[str]) -> None:
     write_file(output / "estimators.csv", result.table.to_csv().encode())
     save_figure(plots.plot_estimators(result), output / "estimators.png")
     print(f"table: {output / 'estimators.csv'}\nplot: {output / 'estimators.png'}")
-
-
-def _open(folder: Path) -> Path:
-    """Make the output's folder, or raise if nothing can be written there."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output: expected a folder, got the file {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"--output: can't write to {folder}: {error.strerror}") from error
-    return folder
 
 
 def _train_default(values: Mapping[str, Any]) -> tuple[Run, Dataset]:

@@ -49,7 +49,11 @@ def _fit_settings() -> dict[str, Setting]:
     of_fit = settings_of(ppl_vae.fit, group=training)
     return {
         "data": Setting(
-            "digits, mnist, fashion-mnist, an .npz file or a folder of images", str, "digits", data, "NAME"
+            "digits, mnist, fashion-mnist, sprites, dsprites, an .npz file or a folder of images",
+            str,
+            "digits",
+            data,
+            "NAME",
         ),
         "binarization": Setting(
             "dynamic (fresh bits per visit), static, threshold, or null for values as they are; by default "
@@ -376,7 +380,7 @@ def _check_posterior(prior: VampPrior, chosen: Mapping[str, Any]) -> None:
 def _num_classes(dataset: Dataset, model: Any) -> int:
     """Return the number of classes, or raise if the data have no labels."""
     y = dataset.train.y
-    if y is None:
+    if y is None or y.ndim > 1:
         raise ValueError(f"--data: {_name(model)} needs labels, {dataset.name} has none")
     return int(y.max()) + 1
 

@@ -1,11 +1,13 @@
-"""``ppl-vae evaluate | sample | plot``: the commands on a saved run."""
+"""``ppl-vae sample | plot``, and what the commands on saved runs share."""
 
 import inspect
 import io
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,18 @@ import torch
 import yaml
 from torch import nn
 
-import ppl_vae
 from ppl_vae import plots
-from ppl_vae._checks import check_choice, check_positive_int, check_seed
+from ppl_vae._checks import check_positive_int, check_seed
 from ppl_vae._random import seeded
 from ppl_vae.cli.pieces import find
+from ppl_vae.cli.report import DPI
 from ppl_vae.cli.settings import Given, Help, Setting, Source, format_help, settings_of, split_words
 from ppl_vae.data import Dataset, load_dataset
 from ppl_vae.description import describe, library_classes
 from ppl_vae.evaluation import encode, interpolate, reconstruct, traverse
 from ppl_vae.evaluation import sample as draw_samples
+from ppl_vae.evaluation.evaluate import evaluate as evaluate_pair
+from ppl_vae.evaluation.generation import Traversal
 from ppl_vae.infer.placing import place
 from ppl_vae.infer.running import batch_arguments
 from ppl_vae.models import CVAE, SemiSupervisedVAE
@@ -36,9 +40,19 @@ RUN_SETTINGS = {
     "split": Setting("train, validation or test", str, "test", _GROUP, "NAME"),
     "data": Setting("other data than the run's: a name or a path", group=_GROUP, metavar="NAME"),
     "root": Setting("folder that holds MNIST/raw or FashionMNIST/raw", group=_GROUP, metavar="FOLDER"),
-    **settings_of(ppl_vae.evaluate, skip=("model", "guide", "data", "device", "progress"), group=_GROUP),
+    **settings_of(evaluate_pair, skip=("model", "guide", "data", "device", "progress"), group=_GROUP),
     "device": Setting("cpu, cuda or cuda:N", group=_GROUP, metavar="NAME"),
     "progress": Setting("show a progress bar", bool, sys.stderr.isatty(), _GROUP),
+    "all": Setting(
+        "measure all that suits the pair, and write RUN/report.html too", bool, False, _GROUP, "true | false"
+    ),
+    "gaps_size": Setting("with --all: how many data to take for inference gaps", int, 100, _GROUP),
+    "gaps_steps": Setting("with --all: the most steps to the optimum of each", int, 2000, _GROUP),
+    "calibration_size": Setting("with --all: how many data to draw for calibration", int, 1000, _GROUP),
+    "classifier_size": Setting(
+        "with --all: how many training data to take for the classifier that judges samples",
+        *(int, 10_000, _GROUP),
+    ),
     "size": Setting("how many data to draw", int, 64, _GROUP),
     "output": Setting(
         "an .npz file (x: draws, mean: their means, if there are) or a .png; by default RUN/samples.npz",
@@ -52,35 +66,30 @@ RUN_SETTINGS = {
         metavar="NAMES",
     ),
 }
-_EVALUATED = [name for name in inspect.signature(ppl_vae.evaluate).parameters if name in RUN_SETTINGS]
+EVALUATED = [name for name in inspect.signature(evaluate_pair).parameters if name in RUN_SETTINGS]
+COUNTS = ("size", "gaps_size", "gaps_steps", "calibration_size", "classifier_size")  # of evaluate --all
 SETTINGS_OF_RUNS = {
     command: {name: setting for name, setting in RUN_SETTINGS.items() if name in {"classes", *names}}
     for command, names in {
-        "evaluate": ("split", "root", *_EVALUATED),
+        "evaluate": ("split", "root", *EVALUATED, "all", *COUNTS),
         "sample": ("size", "seed", "output"),
         "plot": ("data", "root"),
     }.items()
 }
-
-
-def evaluate(words: list[str]) -> None:
-    """Measure a saved run."""
-    text = "Measure ELBO, its parts and log p(x) of a saved run, and keep them in RUN/evaluation.yaml."
-    run, values = _told("evaluate", text, words)
-    check_choice("split", values["split"], ("train", "validation", "test"))
-    options = {name: values[name] for name in _EVALUATED if name != "data"}
-    measure(run, data_of(run, values), values["split"], options)
+SETTINGS_OF_RUNS["evaluate"]["size"] = replace(
+    RUN_SETTINGS["size"], help="with --all: how many data of the split to take, at random", default=1000
+)
 
 
 def sample(words: list[str]) -> None:
     """Draw data from a saved run's prior."""
-    run, values = _told("sample", "Draw data from a saved run's prior.", words)
+    run, values, _ = told("sample", "Draw data from a saved run's prior.", words)
     size, seed = check_positive_int("size", values["size"]), check_seed(values["seed"])
     output = Path(values["output"] or folder_of(run) / "samples.npz")
     if output.suffix not in (".npz", ".png"):
         raise ValueError(f"--output: expected a file ending in .npz or .png, got {str(output)!r}")
     with seeded(seed):
-        samples = draw_samples(_drawn_from(run), size)
+        samples = draw_samples(drawn_from(run), size)
     if output.suffix == ".npz":
         arrays: dict[str, Any] = {"x": samples.x.numpy()}
         if samples.mean is not None:
@@ -101,21 +110,22 @@ def sample(words: list[str]) -> None:
 
 def plot(words: list[str]) -> None:
     """Draw the plots of a saved run again."""
-    run, values = _told("plot", "Draw the plots of a saved run into RUN/plots.", words)
+    run, values, _ = told("plot", "Draw the plots of a saved run into RUN/plots.", words)
     print(f"plots: {draw(run, data_of(run, values))}")
 
 
-def _told(command: str, text: str, words: list[str]) -> tuple[Run, dict[str, Any]]:
-    """Return the run and the settings that a command was given."""
+def told(command: str, text: str, words: list[str]) -> tuple[Run, dict[str, Any], Given]:
+    """Return the run, the settings, and what of them a command was given."""
     table = SETTINGS_OF_RUNS[command]
-    folders, typed = split_words(words)
+    folders, typed = split_words(words, switches=("all",))
     if "help" in typed:
         raise Help(format_help(f"ppl-vae {command} RUN [--setting VALUE ...]", text, table))
-    values = Given(Source(typed), defaults={}).values_in(table)
+    given = Given(Source(typed), defaults={})
+    values = given.values_in(table)
     if len(folders) != 1:
         got = ", ".join(map(repr, folders)) or "none"
         raise ValueError(f"RUN: expected the folder of a saved run, as in `ppl-vae {command} RUN`, got {got}")
-    return load_saved(Path(folders[0]), values["classes"]), values
+    return load_saved(Path(folders[0]), values["classes"]), values, given
 
 
 def load_saved(folder: Path, names: str | None) -> Run:
@@ -167,7 +177,7 @@ def load_data(name: Any, root: str | None, binarization: Any) -> Dataset:
 
 def measure(run: Run, dataset: Dataset, split: str, options: Mapping[str, Any]) -> None:
     """Evaluate a run; print what was found and write it into the run's folder."""
-    result = ppl_vae.evaluate(run.model, run.guide, getattr(dataset, split), **options)
+    result = evaluate_pair(run.model, run.guide, getattr(dataset, split), **options)
     print(result)
     found = {"data": dataset.name, "split": split, "epoch": run.best_epoch} | result.summary()
     write_file(folder_of(run) / EVALUATION, yaml.safe_dump(found, sort_keys=False).encode())
@@ -189,10 +199,11 @@ def draw(run: Run, dataset: Dataset) -> Path:
             few = tuple(tensor[:30] for tensor in batch)
             drawings |= {
                 "reconstructions": lambda: plots.plot_reconstructions(reconstruct(model, guide, *few)),
-                "samples": lambda: plots.plot_samples(draw_samples(_drawn_from(run), 64)),
+                "samples": lambda: plots.plot_samples(draw_samples(drawn_from(run), 64)),
             }
         try:
-            latents = encode(guide, *batch, y=None if test.y is None else test.y[: len(batch[0])])
+            y = None if test.y is None or test.y.ndim > 1 else test.y[: len(batch[0])]
+            latents = encode(guide, *batch, y=y)
         except ValueError as error:  # the model has several layers, or one of another name
             warnings.warn(f"no plot of {', '.join(['latents', *of_z])}: {error}", stacklevel=2)
         else:
@@ -204,12 +215,8 @@ def draw(run: Run, dataset: Dataset) -> Path:
             elif images:
                 z, pairs = latents.z.to(device), min(5, len(latents.z) // 2)
                 start, end = z[:pairs], z[pairs : 2 * pairs]
-                # the ten dimensions in which the data's latents differ most
-                busiest = z.var(0, correction=0).topk(min(10, z.shape[1])).indices.sort().values.tolist()
                 drawings |= {
-                    "traversal": lambda: plots.plot_traversal(
-                        traverse(model, torch.zeros_like(z[0]), dims=busiest)
-                    ),
+                    "traversal": lambda: plots.plot_traversal(traverse_busiest(model, z)),
                     "interpolation": lambda: plots.plot_interpolation(interpolate(model, start, end)),
                 }
         for name, drawing in drawings.items():
@@ -222,7 +229,13 @@ def draw(run: Run, dataset: Dataset) -> Path:
     return folder
 
 
-def _drawn_from(run: Run) -> Any:
+def traverse_busiest(model: Any, z: torch.Tensor) -> Traversal:
+    """Traverse the ten dimensions in which these latents ``[n, latent]`` differ most."""
+    busiest = z.var(0, correction=0).topk(min(10, z.shape[1])).indices.sort().values.tolist()
+    return traverse(model, torch.zeros_like(z[0]), dims=busiest)
+
+
+def drawn_from(run: Run) -> Any:
     """Return the program to draw data from: the model, with the classes in turn if it needs labels."""
     batch = run.config["data"].get("batch")
     labels = batch[1:] if isinstance(batch, list) else None
@@ -256,14 +269,33 @@ def folder_of(run: Run) -> Path:
     return run.path or Path()
 
 
-def save_figure(axes: Any, path: Path) -> None:
-    """Write the figure of some axes as an image."""
+def open_folder(folder: Path) -> Path:
+    """Make the output's folder, or raise if nothing can be written there."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output: expected a folder, got the file {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"--output: can't write to {folder}: {error.strerror}") from error
+    return folder
+
+
+def png_of(axes: Any) -> bytes:
+    """Return the figure of some axes as a PNG, and close it."""
     import matplotlib.pyplot as plt
 
     file = io.BytesIO()
-    axes.figure.savefig(file, dpi=150, bbox_inches="tight")
-    plt.close(axes.figure)
-    write_file(path, file.getvalue())
+    try:
+        axes.figure.savefig(file, dpi=DPI, bbox_inches="tight")
+    finally:
+        plt.close(axes.figure)
+    return file.getvalue()
+
+
+def save_figure(axes: Any, path: Path) -> None:
+    """Write the figure of some axes as an image."""
+    write_file(path, png_of(axes))
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -169,10 +169,11 @@ def format_help(usage: str, description: str, settings: Mapping[str, Setting]) -
     return parser.format_help().rstrip()
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def split_words(words: Sequence[str], *, switches: Collection[str] = ()) -> tuple[list[str], dict[str, Any]]:
     """Return the words that are no settings, and the settings by name.
 
     ``--name value`` and ``--name=value`` are the same; ``--name`` alone is ``BARE``. The last one wins.
+    The word after a switch is its value only if it is true or false.
     """
     positional: list[str] = []
     named: dict[str, Any] = {}
@@ -184,9 +185,12 @@ def split_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         name, equals, text = word.removeprefix("--").partition("=")
         value: Any = text
+        name = name.replace("-", "_")
         if not equals:
-            value = BARE if not rest or rest[0].startswith("--") else rest.pop(0)
-        named[name.replace("-", "_")] = value
+            bare = not rest or rest[0].startswith("--")
+            bare = bare or (name in switches and rest[0].lower() not in ("true", "false"))
+            value = BARE if bare else rest.pop(0)
+        named[name] = value
     return positional, named
 
 

@@ -13,7 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_positive_int
-from ppl_vae.infer.running import Program, Site, evaluating, latent_sites, observed_sites
+from ppl_vae.infer.running import Program, Site, evaluating, latent_sites, observed_sites, without_table
 
 _DRAWS = "give it a keyword `size=None` and draw size data where the batch is None"
 
@@ -109,10 +109,10 @@ def sample(model: Program, size: int) -> Samples:
     """
     size = check_positive_int("size", size)
     with evaluating(model):
-        trace = _draw(model, size)
-        drawn = _site(trace, "x", "model")["value"]
+        trace = prior_trace(model, size)
+        drawn = named_site(trace, "x", "model")["value"]
         try:
-            mean = _mean(trace).cpu()
+            mean = likelihood_mean(trace).cpu()
         except NotImplementedError:
             mean = None
     return Samples(drawn.cpu(), mean)
@@ -147,7 +147,7 @@ def reconstruct(model: Program, guide: Program, *batch: Any) -> Reconstructions:
     with evaluating(guide):
         guide_trace = poutine.trace(guide).get_trace(*batch)
     with evaluating(model):
-        mean = _mean(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch))
+        mean = likelihood_mean(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch))
     return Reconstructions(x.detach().cpu(), mean.cpu())
 
 
@@ -180,12 +180,12 @@ def encode(guide: Program, *batch: Any, y: Tensor | None = None) -> Latents:
     if labels is not None and labels.shape != x.shape[:1]:
         raise ValueError(f"y: expected one label for each of {len(x)} data, got shape {tuple(labels.shape)}")
     with evaluating(guide):
-        site = _site(poutine.trace(guide).get_trace(*batch), "z", "guide")
+        site = named_site(poutine.trace(guide).get_trace(*batch), "z", "guide")
         try:
             z = site["fn"].mean
         except NotImplementedError:
             z = site["value"]
-        if _is_on_sphere(site):
+        if is_on_sphere(site):
             z = F.normalize(z, dim=-1)
     return Latents(z.cpu(), labels)
 
@@ -228,8 +228,8 @@ def traverse(
     if steps.ndim != 1 or not len(steps):
         raise ValueError(f"values: expected a sequence of numbers, got {_describe(values)}")
     with evaluating(model):
-        prior = _prior(model, z)
-        start, sphere = z.detach(), _is_on_sphere(prior)
+        prior = prior_site(model, z)
+        start, sphere = z.detach(), is_on_sphere(prior)
         if sphere:
             start = F.normalize(start if start.any() else torch.ones_like(start), dim=-1)
         grid = start.expand(len(moved), len(steps), len(z)).clone()
@@ -241,7 +241,7 @@ def traverse(
                 f"values: expected points that have a direction, got zeros where dimension {moved[row]} is "
                 f"{float(steps[step])}: start from another z"
             )
-        x = _decode(model, prior, F.normalize(grid, dim=-1) if sphere else grid)
+        x = decode(model, prior, F.normalize(grid, dim=-1) if sphere else grid)
     return Traversal(x, steps.cpu(), torch.tensor(moved))
 
 
@@ -280,13 +280,13 @@ def interpolate(model: Program, z_start: Tensor, z_end: Tensor, *, steps: int = 
     start, end = (z.reshape(-1, 1, z.shape[-1]) for z in (z_start, z_end))
     weights = torch.linspace(0.0, 1.0, steps, dtype=start.dtype, device=start.device)
     with evaluating(model):
-        prior = _prior(model, z_start)
-        between = _great_circle if _is_on_sphere(prior) else torch.lerp
-        x = _decode(model, prior, between(start.detach(), end.detach(), weights[:, None]))
+        prior = prior_site(model, z_start)
+        between = _great_circle if is_on_sphere(prior) else torch.lerp
+        x = decode(model, prior, between(start.detach(), end.detach(), weights[:, None]))
     return Interpolation(x, weights.cpu())
 
 
-def _draw(model: Program, size: int, z: Tensor | None = None) -> Trace:
+def prior_trace(model: Program, size: int, z: Tensor | None = None) -> Trace:
     """Trace ``model(None, size=size)``, with the site "z" set to ``z`` where given."""
     try:
         inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(None, size=size)
@@ -300,24 +300,27 @@ def _draw(model: Program, size: int, z: Tensor | None = None) -> Trace:
     except (AttributeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise TypeError(f"model: model(None, size={size}) failed ({reason}); {_DRAWS}") from error
-    drawn = _site(trace, "x", "model")["value"]
+    except (ValueError, RuntimeError) as error:
+        raise without_table(error) from None
+    drawn = named_site(trace, "x", "model")["value"]
     if drawn.ndim == 0 or len(drawn) != size:
         raise ValueError(f"model: expected model(None, size={size}) to draw {size} data, got {_shape(drawn)}")
     return trace
 
 
-def _prior(model: Program, z: Tensor) -> Site:
+def prior_site(model: Program, z: Tensor) -> Site:
     """Return the model's site "z" of one datum, or raise if it has not the size of these latents.
 
     Conditioning on a site that the model lacks does nothing, so this comes first.
     """
-    site = _site(_draw(model, 1), "z", "model")
+    site = named_site(prior_trace(model, 1), "z", "model")
     if site["value"].shape != (1, z.shape[-1]):
         raise ValueError(f"z: expected the model's shape {_shape(site['value'])[1:]}, got {_shape(z)[-1:]}")
     return site
 
 
-def _is_on_sphere(site: Site) -> bool:
+def is_on_sphere(site: Site) -> bool:
+    """Return whether a site's values are on the unit sphere."""
     return site["fn"].support is constraints.sphere
 
 
@@ -342,16 +345,16 @@ def _great_circle(start: Tensor, end: Tensor, weights: Tensor) -> Tensor:
     return F.normalize(start * angle.cos() + F.normalize(across, dim=-1) * angle.sin(), dim=-1)
 
 
-def _decode(model: Program, prior: Site, z: Tensor) -> Tensor:
+def decode(model: Program, prior: Site, z: Tensor) -> Tensor:
     """Return the likelihood's means ``[*grid, *event]`` of latents ``[*grid, latent]``."""
     flat = z.to(prior["value"]).flatten(end_dim=-2)
-    mean = _mean(_draw(model, len(flat), flat))
+    mean = likelihood_mean(prior_trace(model, len(flat), flat))
     return mean.reshape(*z.shape[:-1], *mean.shape[1:]).cpu()
 
 
-def _mean(trace: Trace) -> Tensor:
+def likelihood_mean(trace: Trace) -> Tensor:
     """Return the mean of the likelihood at the site "x"."""
-    distribution = _site(trace, "x", "model")["fn"]
+    distribution = named_site(trace, "x", "model")["fn"]
     try:
         mean: Tensor = distribution.mean
     except NotImplementedError:
@@ -361,7 +364,7 @@ def _mean(trace: Trace) -> Tensor:
     return mean
 
 
-def _site(trace: Trace, name: str, program: str) -> Site:
+def named_site(trace: Trace, name: str, program: str) -> Site:
     """Return a sample site of a trace, or raise with the names of those that it has."""
     sites = latent_sites(trace) | observed_sites(trace)
     if name not in sites:

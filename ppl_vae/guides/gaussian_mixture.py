@@ -22,14 +22,19 @@ class GaussianMixtureGuide(AmortizedGuide):
 
     ``posterior(x)`` is the mixture :math:`q(z \mid x)`, the clusters summed out.
 
+    With ``per_cluster=False`` z and the cluster are independent given x, :math:`q(y \mid x) \, q(z \mid x)`.
+    The decoder then runs once per datum where ``EnumELBO`` sums the cluster out, not once for each cluster.
+
     References:
         Deep Unsupervised Clustering with Gaussian Mixture Variational Autoencoders (Dilokthanakul et al.,
-        2016), arXiv:1611.02648
+        2016), arXiv:1611.02648;
+        of independent z and cluster: Variational Deep Embedding (Jiang et al., 2017), arXiv:1611.05148
 
     Args:
         encoder: network from ``[n, *event]`` to features ``[n, features]``.
         latent_dim: the number of latent dimensions.
         components: the number of clusters.
+        per_cluster: let q(z given x) be another one for each cluster.
         features: the encoder's number of features; by default ``encoder.out_features``.
 
     Raises:
@@ -46,22 +51,32 @@ class GaussianMixtureGuide(AmortizedGuide):
     """
 
     def __init__(
-        self, encoder: nn.Module, latent_dim: int, components: int, *, features: int | None = None
+        self,
+        encoder: nn.Module,
+        latent_dim: int,
+        components: int,
+        *,
+        per_cluster: bool = True,
+        features: int | None = None,
     ) -> None:
         d, c = check_positive_int("latent_dim", latent_dim), check_positive_int("components", components)
-        super().__init__(encoder, latent_dim, c * (1 + 2 * d), features)
+        super().__init__(encoder, latent_dim, c + 2 * d * (c if per_cluster else 1), features)
         self.components = c
+        self.per_cluster = per_cluster
 
     def _split(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits ``[n, components]``, locations and scales ``[n, components, latent]``."""
+        """Return logits ``[n, components]``, locations and scales ``[n, components or 1, latent]``."""
         d, c = self.latent_dim, self.components
-        logits, loc, log_scale = outputs.split([c, c * d, c * d], -1)
+        k = c if self.per_cluster else 1
+        logits, loc, log_scale = outputs.split([c, k * d, k * d], -1)
         scale = bounded_scale(log_scale)
-        return logits, loc.unflatten(-1, (c, d)), scale.unflatten(-1, (c, d))
+        return logits, loc.unflatten(-1, (k, d)), scale.unflatten(-1, (k, d))
 
     def family(self, outputs: Tensor) -> dist.TorchDistribution:
-        """Return the mixture of these outputs: logits, then locations, then log scales, by cluster."""
+        """Return q(z | x) of these outputs: logits, then locations, then log scales, by cluster."""
         logits, loc, scale = self._split(outputs)
+        if not self.per_cluster:
+            return dist.Normal(loc.squeeze(-2), scale.squeeze(-2)).to_event(1)
         return NormalMixture(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1))
 
     def predict_proba(self, x: Tensor) -> Tensor:
@@ -83,10 +98,15 @@ class GaussianMixtureGuide(AmortizedGuide):
             The Distribution, batch shape ``[n]``, or ``[*batch, n]`` given clusters.
         """
         outputs = self.encode(x)
-        return self.family(outputs) if y is None else self._given(y, *self._split(outputs)[1:])
+        if y is None:
+            return self.family(outputs)
+        given = self._given(y, *self._split(outputs)[1:])
+        return given.expand(torch.broadcast_shapes(y.shape, given.batch_shape))
 
     def _given(self, y: Tensor, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """Return q(z | x, y)."""
+        if not self.per_cluster:
+            return dist.Normal(loc.squeeze(-2), scale.squeeze(-2)).to_event(1)
         y = y.expand(*y.shape[:-1], len(loc))
         chosen = one_hot(y, self.components).to(loc.dtype)
         loc, scale = (torch.einsum("...nc,ncd->...nd", chosen, of_clusters) for of_clusters in (loc, scale))

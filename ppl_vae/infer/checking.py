@@ -49,11 +49,12 @@ def observations(model: Program, guide: Program, *batch: Tensor) -> list[Observa
         if site["value"].data_ptr() == x.data_ptr()
         and site["value"].numel() == x.numel()
         and len(site["value"]) == len(x)
-        and _is_fixed(site["fn"])
+        and is_fixed(site["fn"])
     ]
 
 
-def _is_fixed(fn: Any) -> bool:
+def is_fixed(fn: Any) -> bool:
+    """Return whether the support of a distribution is the same whatever its parameters are."""
     try:
         return not _holds_tensors(fn.support)
     except NotImplementedError:

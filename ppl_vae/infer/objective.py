@@ -108,6 +108,7 @@ class Objective(nn.Module):
                 constrained[role] = pyro.get_param_store().get_state()["params"]
                 return result
 
+            run.__wrapped__ = program  # type: ignore[attr-defined]  # for `inspect.unwrap`
             return run
 
         devices = {x.device.index for x in batch if x.device.type == "cuda"}

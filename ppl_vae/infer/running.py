@@ -126,6 +126,7 @@ def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, T
     Raises:
         ValueError: naming the site, if the model can't run on the guide's draws because the two
             disagree on it; or if the guide computes with another model.
+        TypeError: if one of them takes another number of tensors.
     """
     check_model_of(guide, model)
     guide_trace: Trace | None = None
@@ -141,7 +142,23 @@ def trace_pair(model: Program, guide: Program, *batch: Tensor) -> tuple[Trace, T
                 raise cause from None
             check_latents(alone, guide_trace)
         raise cause from None
+    except TypeError as error:
+        _check_takes("guide", guide, batch, error)
+        _check_takes("model", model, batch, error)
+        raise
     return model_trace, guide_trace
+
+
+def _check_takes(name: str, program: Program, batch: tuple[Tensor, ...], cause: TypeError) -> None:
+    """Raise from an error of a run if the program can't be called with so many tensors."""
+    program = inspect.unwrap(program)
+    try:
+        inspect.signature(program.forward if isinstance(program, nn.Module) else program).bind(*batch)
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected a program that takes the batch's {len(batch)} tensors, as `(x, y)`: model and "
+            f"guide take the same arguments; got {cause}"
+        ) from None
 
 
 def check_model_of(guide: Program, model: Program) -> None:

@@ -15,7 +15,7 @@ from ppl_vae.program import Program, batch_size, check_event
 
 
 class GaussianMixtureVAE(Program):
-    r"""The model :math:`p(y) \, N(z; \mu_y, \mathrm{diag}\, \sigma_y^2) \, p(x \mid z)` of clustered data.
+    r"""The model :math:`p(y) \, N(z; \mu_y, \Sigma_y) \, p(x \mid z)` of clustered data.
 
     Sites ``y``, the cluster, a whole number from 0, ``z`` and ``x``. With
     :class:`ppl_vae.guides.GaussianMixtureGuide`, which has both latent sites, ``EnumELBO`` sums y out, at the
@@ -40,10 +40,11 @@ class GaussianMixtureVAE(Program):
         weights: p(y): ``"learned"`` (free logits, equal at the start), ``"equal"`` or ``"stick-breaking"``.
         concentration: :math:`\alpha` of the sticks' prior: about :math:`\alpha \log n` clusters are expected
             of n data.
+        covariance: of a cluster: ``"diagonal"``, or ``"full"`` by a Cholesky factor that starts diagonal.
 
     Raises:
-        TypeError, ValueError: if a size is not a whole number above 0, ``weights`` is unknown, or
-            ``concentration`` is not above 0.
+        TypeError, ValueError: if a size is not a whole number above 0, ``weights`` or ``covariance`` is
+            unknown, or ``concentration`` is not above 0.
 
     Example:
         >>> from ppl_vae.likelihoods import Bernoulli
@@ -61,6 +62,7 @@ class GaussianMixtureVAE(Program):
         *,
         weights: Literal["learned", "equal", "stick-breaking"] = "learned",
         concentration: float = 1.0,
+        covariance: Literal["diagonal", "full"] = "diagonal",
     ) -> None:
         super().__init__()
         self.components = check_positive_int("components", components)
@@ -68,9 +70,13 @@ class GaussianMixtureVAE(Program):
         check_choice("weights", weights, ("learned", "equal", "stick-breaking"))
         self.weights = weights
         self.concentration = check_positive("concentration", concentration)
+        check_choice("covariance", covariance, ("diagonal", "full"))
+        self.covariance = covariance
         self.likelihood = likelihood
         self.loc = nn.Parameter(torch.randn(components, latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
+        if covariance == "full":
+            self.below_diagonal = nn.Parameter(torch.zeros(components, latent_dim, latent_dim))
         if weights == "learned":
             self.weight_logits = nn.Parameter(torch.zeros(components))
         elif weights == "stick-breaking":
@@ -106,8 +112,11 @@ class GaussianMixtureVAE(Program):
     def cluster(self, y: Tensor) -> dist.TorchDistribution:
         """Return p(z | y): batch shape that of ``y``, whole numbers; event shape ``[latent]``."""
         chosen = one_hot(y, self.components).to(self.loc.dtype)
-        scale = bounded_scale(self.log_scale)
-        return dist.Normal(chosen @ self.loc, chosen @ scale).to_event(1)
+        loc, scale = chosen @ self.loc, chosen @ bounded_scale(self.log_scale)
+        if self.covariance == "diagonal":
+            return dist.Normal(loc, scale).to_event(1)
+        below = torch.einsum("...c,cij->...ij", chosen, self.below_diagonal.tril(-1))
+        return dist.MultivariateNormal(loc, scale_tril=below + scale.diag_embed())
 
     def forward(self, x: Tensor | None = None, *, size: int | None = None) -> Tensor:
         """Run the program: sites ``y``, ``z`` and ``x`` in the plate ``data``.

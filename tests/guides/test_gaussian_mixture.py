@@ -1,11 +1,13 @@
 """Tests of the guide with clusters, and of its training."""
 
 import itertools
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.nn.functional as F
 from densities import integral
 from helpers import Draws
 from torch import Tensor, nn
@@ -21,10 +23,13 @@ from ppl_vae.networks import MLP
 CLUSTERS = 3
 
 
-def pair(weights: str = "learned") -> tuple[GaussianMixtureVAE, GaussianMixtureGuide]:
+def pair(
+    weights: str = "learned", *, per_cluster: bool = True, covariance: str = "diagonal"
+) -> tuple[GaussianMixtureVAE, GaussianMixtureGuide]:
     torch.manual_seed(0)
-    model = GaussianMixtureVAE(CLUSTERS, 2, Bernoulli(MLP(2, 4, hidden=3)), weights=weights)
-    guide = GaussianMixtureGuide(MLP(4, hidden=3), 2, CLUSTERS)
+    likelihood = Bernoulli(MLP(2, 4, hidden=3))
+    model = GaussianMixtureVAE(CLUSTERS, 2, likelihood, weights=weights, covariance=covariance)
+    guide = GaussianMixtureGuide(MLP(4, hidden=3), 2, CLUSTERS, per_cluster=per_cluster)
     return model.double(), guide.double()
 
 
@@ -59,6 +64,42 @@ def test_enumerated_elbo_is_the_sum_over_clusters_by_brute_force(weights: str, n
             terms.append(log_x + log_p + model.probs[y].log() - log_q)
         expected = expected + q_y * torch.stack(terms).mean()
     assert float(loss) == pytest.approx(-float(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_of_one_normal_for_all_clusters_the_enumerated_elbo_is_the_sum_by_brute_force(
+    covariance: str,
+) -> None:
+    (model, guide), x = pair(per_cluster=False, covariance=covariance), bits()
+    if covariance == "full":
+        nn.init.normal_(model.below_diagonal)
+    noise, runs = torch.randn(3, 5, 2).double(), []
+    model.likelihood.decoder.register_forward_hook(lambda module, args, out: runs.append(out.shape))
+    with Draws(z=noise), torch.no_grad():
+        loss = EnumELBO(3).loss(model, guide, x)
+    assert runs == [(3, 5, 4)]  # once per datum and draw, whatever the number of clusters
+
+    with torch.no_grad():
+        logits, loc, log_scale = guide.head(guide.encoder(x)).split([CLUSTERS, 2, 2], -1)
+        q_y, z = logits.softmax(-1), loc + log_scale.exp() * noise
+        factor = model.log_scale.exp().diag_embed()
+        if covariance == "full":
+            factor = factor + model.below_diagonal.tril(-1)
+        elbo = (x * model.likelihood.decoder(z) - F.softplus(model.likelihood.decoder(z))).sum(-1)
+        elbo = elbo - dist.Normal(loc, log_scale.exp()).log_prob(z).sum(-1)
+        for y in range(CLUSTERS):
+            log_p = dist.MultivariateNormal(model.loc[y], factor[y] @ factor[y].mT).log_prob(z)
+            elbo = elbo + q_y[:, y] * (log_p + model.log_probs[y] - q_y[:, y].log())
+    assert float(loss) == pytest.approx(-float(elbo.mean(0).sum()), rel=1e-10)
+
+
+def test_of_one_normal_for_all_clusters_the_posterior_is_it_whatever_the_cluster() -> None:
+    (_, guide), x = pair(per_cluster=False), bits()
+    posterior = guide.posterior(x)
+    given = guide.posterior(x, torch.arange(CLUSTERS).view(-1, 1, 1))
+    assert posterior.batch_shape == (5,) and given.batch_shape == (CLUSTERS, 1, 5)
+    torch.testing.assert_close(given.mean, posterior.mean.expand(CLUSTERS, 1, 5, 2))
+    assert guide.predict_proba(x).shape == (5, CLUSTERS)
 
 
 def test_posterior_given_clusters_and_without_are_of_one_density() -> None:
@@ -101,13 +142,22 @@ def test_gradients_reach_every_parameter(weights: str) -> None:
     assert [name for name, p in named if p.grad is None or not p.grad.any()] == []
 
 
-def test_compiled_steps_are_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("elbo", "options"),
+    [
+        (VIMCO(3), {"weights": "stick-breaking"}),
+        (EnumELBO(2), {"per_cluster": False, "covariance": "full"}),
+    ],
+)
+def test_compiled_steps_are_plain_steps(
+    elbo: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tracing, "compile_graph", lambda graph, inputs: graph)
     found = []
     for engine in (SVI, CompiledSVI):
-        (model, guide), x = pair("stick-breaking"), bits(6)
+        (model, guide), x = pair(**options), bits(6)
         torch.manual_seed(1)
-        svi = engine(model, guide, torch.optim.Adam, VIMCO(3))
+        svi = engine(model, guide, torch.optim.Adam, elbo)
         losses = [svi.step(x if i < 3 else x[:4]) for i in range(5)]
         found.append([*losses, *model.state_dict().values(), *guide.state_dict().values()])
     assert not svi.plain and svi._failure is None

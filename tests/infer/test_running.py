@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
+from ppl_vae import fit
 from ppl_vae.guides import MeanFieldGuide
 from ppl_vae.infer.running import (
     batch_arguments,
@@ -183,6 +184,23 @@ def test_evaluating_puts_modes_back_after_an_error() -> None:
 
 
 # Traces
+
+
+def test_a_program_that_takes_fewer_tensors_than_the_other_is_named() -> None:
+    x, y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.long)
+
+    def with_labels(x: Tensor, y: Tensor) -> None:
+        draw("z")(x)
+
+    expected = r"guide: expected a program that takes the batch's 2 tensors.*got .*takes 1 positional"
+    with pytest.raises(TypeError, match=expected):
+        trace_pair(with_labels, draw("z"), x, y)
+    with pytest.raises(TypeError, match=expected.replace("guide", "model", 1)):
+        trace_pair(model_of("z"), with_labels, x, y)
+    with pytest.raises(TypeError, match=expected):
+        fit(with_labels, draw("z"), (x, y), epochs=1, progress=False)
+    with pytest.raises(TypeError, match="unsupported operand"):  # of a program itself: as it is
+        trace_pair(lambda x: x + "text", draw("z"), x)
 
 
 def test_trace_pair_replays_the_draws_of_the_guide() -> None:

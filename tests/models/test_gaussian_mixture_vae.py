@@ -25,9 +25,10 @@ class Linear(nn.Module):
         return z @ self.weight.mT
 
 
-def linear_model(weights: str = "learned") -> GaussianMixtureVAE:
+def linear_model(weights: str = "learned", covariance: str = "diagonal") -> GaussianMixtureVAE:
     torch.manual_seed(0)
-    model = GaussianMixtureVAE(3, 2, Normal(Linear(), scale=1.2), weights=weights).double()
+    likelihood = Normal(Linear(), scale=1.2)
+    model = GaussianMixtureVAE(3, 2, likelihood, weights=weights, covariance=covariance).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -38,18 +39,22 @@ def linear_model(weights: str = "learned") -> GaussianMixtureVAE:
 def exact(model: GaussianMixtureVAE) -> dist.Distribution:
     """Return p(x), a mixture of three normal distributions."""
     weight = model.likelihood.decoder.weight
-    covariance = weight @ (2 * model.log_scale).exp().diag_embed() @ weight.mT
+    factor = model.log_scale.exp().diag_embed()
+    if model.covariance == "full":
+        factor = factor + model.below_diagonal.tril(-1)
+    covariance = weight @ factor @ factor.mT @ weight.mT
     noise = model.likelihood.scale**2 * torch.eye(4, dtype=torch.float64)
     normals = dist.MultivariateNormal(model.loc @ weight.mT, covariance + noise)
     return dist.MixtureSameFamily(dist.Categorical(probs=model.probs), normals)
 
 
 WEIGHTS = ("learned", "equal", "stick-breaking")
+KINDS = [*((weights, "diagonal") for weights in WEIGHTS), ("learned", "full")]
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_importance_sampled_evidence_is_that_of_the_exact_mixture(weights: str) -> None:
-    model = linear_model(weights).requires_grad_(False).eval()
+@pytest.mark.parametrize(("weights", "covariance"), KINDS)
+def test_importance_sampled_evidence_is_that_of_the_exact_mixture(weights: str, covariance: str) -> None:
+    model = linear_model(weights, covariance).requires_grad_(False).eval()
     guide = GaussianMixtureGuide(MLP(4, hidden=5), 2, 3).double().requires_grad_(False).eval()
     nn.init.zeros_(guide.head.weight)  # equal clusters and standard normals, wider than the exact posterior
     nn.init.zeros_(guide.head.bias)
@@ -62,9 +67,9 @@ def test_importance_sampled_evidence_is_that_of_the_exact_mixture(weights: str) 
     assert ((weights_of_draws.mean(0) - expected).abs() < 4 * error).all()
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_draws_are_of_the_exact_mixture(weights: str) -> None:
-    model, n = linear_model(weights).requires_grad_(False).eval(), 50_000
+@pytest.mark.parametrize(("weights", "covariance"), KINDS)
+def test_draws_are_of_the_exact_mixture(weights: str, covariance: str) -> None:
+    model, n = linear_model(weights, covariance).requires_grad_(False).eval(), 50_000
     torch.manual_seed(2)
     x, p = model(None, size=n), exact(model)
     for found, expected in ((x, p.mean), (x.square(), p.variance + p.mean.square())):
@@ -129,6 +134,8 @@ def test_bad_arguments_are_named() -> None:
         GaussianMixtureVAE(0, 2, nn.Identity())
     with pytest.raises(ValueError, match=r"weights: unknown 'stick'.*did you mean 'stick-breaking'"):
         GaussianMixtureVAE(3, 2, nn.Identity(), weights="stick")
+    with pytest.raises(ValueError, match=r"covariance: unknown 'ful'.*did you mean 'full'"):
+        GaussianMixtureVAE(3, 2, nn.Identity(), covariance="ful")
     with pytest.raises(ValueError, match="concentration: expected a finite number above 0, got 0"):
         GaussianMixtureVAE(3, 2, nn.Identity(), concentration=0)
     with pytest.raises(
