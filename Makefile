@@ -17,8 +17,8 @@ install: .venv/.dev ## Set up .venv with the library and the development tools, 
 fit: .venv/.run ## Train a small VAE on the handwritten digits; the run lands in runs/digits
 	$(BIN)/ppl-vae fit --data digits --output runs/digits --overwrite
 
-test: .venv/.dev ## Run the tests and the doctests; ARGS="-k vae" is passed to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/.dev ## Run the tests and the doctests, one process per core; ARGS="-k vae" is passed to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: .venv/.dev ## Check style and formatting
 	$(BIN)/ruff check $(CODE)
