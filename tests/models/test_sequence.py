@@ -1,5 +1,6 @@
 """The variational autoencoder of sequences, with every guide that has an encoder."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -206,6 +207,54 @@ def test_fit_learns_sequences_of_one_token_each() -> None:
     after = evaluate(run.model, run.guide, (x, lengths), num_particles=5).elbo.mean
     assert before < -3.5
     assert after > -2.2
+
+
+def grammar_log_prob(x: Tensor, topics: Tensor, moves: Tensor) -> Tensor:
+    """Return the exact log p(x): a topic is drawn, then its Markov chain from a uniform first token."""
+    steps = torch.log(moves)[:, x[:, :-1], x[:, 1:]].sum(-1)
+    return (topics.log().unsqueeze(-1) + steps).logsumexp(0) - math.log(VOCABULARY)
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "transformer"])
+def test_the_bound_comes_within_a_twentieth_of_the_entropy_of_a_grammar(kind: str) -> None:
+    generator, length, n = torch.Generator().manual_seed(0), 6, 4000
+    topics = torch.tensor([0.5, 0.3, 0.2]).double()
+    moves = torch.rand(3, VOCABULARY, VOCABULARY, generator=generator).double().pow(4).add(0.01)
+    moves = moves / moves.sum(-1, keepdim=True)
+    every = torch.cartesian_prod(*[torch.arange(VOCABULARY)] * length)
+    log_p = grammar_log_prob(every, topics, moves)
+    torch.testing.assert_close(log_p.exp().sum(), torch.ones((), dtype=torch.float64))
+    entropy = -float((log_p.exp() * log_p).sum())
+    assert entropy < 0.8 * length * math.log(VOCABULARY)  # there is something to learn
+
+    train, test = every[torch.multinomial(log_p.exp(), 2 * n, True, generator=generator)].float().split(n)
+    torch.manual_seed(1)
+    if kind == "recurrent":
+        decoder: nn.Module = RecurrentDecoder(2, vocabulary=VOCABULARY, embedding=8, hidden=32)
+        network: nn.Module = RecurrentEncoder(vocabulary=VOCABULARY, embedding=8, hidden=16)
+    else:
+        decoder = TransformerDecoder(2, vocabulary=VOCABULARY, width=32, heads=2, layers=1)
+        network = TransformerEncoder(vocabulary=VOCABULARY, width=16, heads=2, layers=1)
+    model = SequenceVAE(StandardNormal(2), AutoregressiveCategorical(decoder, length))
+    guide = MeanFieldGuide(network, 2)
+    run = fit(
+        model,
+        guide,
+        train,
+        elbo=KL_ELBO(),
+        epochs=8,
+        batch_size=50,
+        learning_rate=1e-2,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8),
+        progress=False,
+    )
+    found = evaluate(run.model, run.guide, test, num_particles=5, progress=False)
+    # the same test sequences under the grammar itself: no model can be better than that but by chance
+    exact = grammar_log_prob(test.long(), topics, moves)
+    excess = exact - found.elbo.values.double()
+    error = float(excess.std()) / n**0.5
+    assert float(excess.mean()) > -4 * error
+    assert float(excess.mean()) + 4 * error < 0.05 * entropy
 
 
 def test_arguments_that_do_not_fit() -> None:
