@@ -24,6 +24,7 @@ from ppl_vae.infer.running import (
     observed_sites,
     without_table,
 )
+from ppl_vae.infer.scoring import name_of
 
 
 class Latents:
@@ -323,7 +324,7 @@ def _transform(name: str, site: Site) -> Any:
     if support is None or site["infer"].get("enumerate") or support.is_discrete:
         raise ValueError(
             f"site {name!r}: expected a continuous latent site, whose density has a gradient, got "
-            f"{_name_of(fn)}; sum it out, or use importance sampling"
+            f"{name_of(fn)}; sum it out, or use importance sampling"
         )
     if _is_real(support):
         return None
@@ -332,7 +333,7 @@ def _transform(name: str, site: Site) -> Any:
     except NotImplementedError:
         raise ValueError(
             f"site {name!r}: expected a support that unconstrained space is mapped to one to one, got "
-            f"{support} of {_name_of(fn)}; use importance sampling"
+            f"{support} of {name_of(fn)}; use importance sampling"
         ) from None
 
 
@@ -356,9 +357,3 @@ def _holds_tensors(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_holds_tensors, value))
     return isinstance(value, Constraint) and any(map(_holds_tensors, vars(value).values()))
-
-
-def _name_of(fn: Any) -> str:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return type(fn).__name__

@@ -32,6 +32,7 @@ from ppl_vae.infer.running import (
     observed_sites,
     trace_pair,
 )
+from ppl_vae.infer.scoring import name_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -442,15 +443,9 @@ def _reasons(in_model: Mapping[str, Site], in_guide: Mapping[str, Site]) -> dict
         return dict.fromkeys(both, str(error))
     prior = in_model[name]["fn"]
     if not factorises(prior):
-        reason = f"site {name!r}: expected a prior that factorises (`.to_event(1)`), got {_name_of(prior)}"
+        reason = f"site {name!r}: expected a prior that factorises (`.to_event(1)`), got {name_of(prior)}"
         return {"dimension_kl": reason}
     return {}
-
-
-def _name_of(fn: Any) -> str:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return type(fn).__name__
 
 
 def _check_prior(

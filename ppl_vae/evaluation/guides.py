@@ -19,6 +19,7 @@ from ppl_vae.evaluation._latents import Latents
 from ppl_vae.evaluation._weights import effective_sample_size, estimate_of, log_mean_weight
 from ppl_vae.evaluation.distances import median_distance, sliced_wasserstein, squared_mmd
 from ppl_vae.evaluation.evaluate import CPU_ROWS, Estimate, pass_size
+from ppl_vae.evaluation.log_likelihood import RELIABLE
 from ppl_vae.evaluation.pareto import pareto_k_hat
 from ppl_vae.evaluation.reference_posterior import ReferencePosterior, gather
 from ppl_vae.infer.log_weights import PARTICLE_DIM, Terms, terms, terms_of_sites
@@ -35,7 +36,6 @@ from ppl_vae.infer.running import (
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_K_HAT = 0.7
 COVERAGES = (0.5, 0.9)
 _FREEDOM = 5  # of the Student t that log p(x) is importance-sampled with
 _FROM_REFERENCE = "the reference"
@@ -339,7 +339,7 @@ def _row(values: Mapping[str, Tensor]) -> dict[str, float]:
         if column == "k_hat":
             finite = value[value.isfinite()]
             row |= _mean(column, finite if len(finite) else value)
-            row |= _mean("k_hat_above", (value > MAX_K_HAT).double())
+            row |= _mean("k_hat_above", (value > RELIABLE).double())
         else:
             row |= _mean(column, value)
     return row

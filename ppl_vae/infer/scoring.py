@@ -298,7 +298,7 @@ def check_reparameterized(guide_sites: Mapping[str, Site], why: str) -> None:
         if not site["fn"].has_rsample:
             raise ValueError(
                 f"site {name!r}: expected a reparameterised distribution (`has_rsample`) in the guide, since "
-                f"{why}, got {_name_of(site['fn'])}; use VIMCO (score function), EnumELBO or RelaxedELBO"
+                f"{why}, got {name_of(site['fn'])}; use VIMCO (score function), EnumELBO or RelaxedELBO"
             )
 
 
@@ -371,7 +371,7 @@ def _log_q_of_constants(
         except (KeyError, NotImplementedError) as error:
             raise ValueError(
                 f"sites {sorted(sites)}: expected distributions in the guide that can score a value which "
-                f"they have not drawn, got {[_name_of(s['fn']) for s in sites.values()]}; use KL_ELBO or IWAE"
+                f"they have not drawn, got {[name_of(s['fn']) for s in sites.values()]}; use KL_ELBO or IWAE"
             ) from error
     _check_constant(log_q, sites)
     return log_q
@@ -472,7 +472,8 @@ def _random_states(batch: tuple[Tensor, ...]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
 
 
-def _name_of(fn: Any) -> str:
+def name_of(fn: Any) -> str:
+    """Return the name of a distribution's kind, for errors: that of the base of an Independent."""
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
     return type(fn).__name__
