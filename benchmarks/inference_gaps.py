@@ -25,8 +25,7 @@ import yaml
 
 from ppl_vae import fit
 from ppl_vae.data import Split, load_dataset
-from ppl_vae.evaluation.evaluate import Estimate
-from ppl_vae.evaluation.inference_gaps import inference_gaps
+from ppl_vae.evaluation import Estimate, annealed_importance_sampling, inference_gaps
 from ppl_vae.guides import MeanFieldGuide
 from ppl_vae.infer import KL_ELBO
 from ppl_vae.likelihoods import Bernoulli
@@ -44,13 +43,9 @@ COLUMNS = ("log_likelihood", "approximation_gap", "amortization_gap", "inference
 
 def annealed(model: VAE, guide: MeanFieldGuide, x: torch.Tensor, settings: Any) -> Estimate:
     """Return log p(x) by annealed importance sampling."""
-    from ppl_vae.evaluation.annealed_importance_sampling import annealed_importance_sampling
-
-    result: Any = annealed_importance_sampling(
+    return annealed_importance_sampling(
         model, guide, Split(x), device=settings.device, seed=settings.seed
-    )
-    found: Estimate = getattr(result, "log_likelihood", result)
-    return found
+    ).log_likelihood
 
 
 def main() -> None:

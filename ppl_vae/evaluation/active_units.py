@@ -16,17 +16,16 @@ from tqdm import tqdm
 
 from ppl_vae._checks import check_at_least, check_positive, check_positive_int, check_seed
 from ppl_vae._random import seeded
-from ppl_vae.data import Split, batches
+from ppl_vae.data import Split
 from ppl_vae.evaluation.evaluate import CPU_ROWS, pass_size
 from ppl_vae.infer.aggregate import marginals
-from ppl_vae.infer.checking import Observation, check_all, check_batch, first_batch, running_on
+from ppl_vae.infer.checking import Observation, check_all, checked_batches, first_batch, running_on
 from ppl_vae.infer.divergence import factorises
 from ppl_vae.infer.log_weights import PARTICLE_DIM, Terms, per_datum_log_prob
 from ppl_vae.infer.placing import place, prepare_data
 from ppl_vae.infer.running import (
     Program,
     Site,
-    batch_arguments,
     check_pair,
     evaluating,
     in_own_store,
@@ -369,14 +368,10 @@ class _Passes:
     def _batches(
         self, size: int, particles: int, observed: list[Observation], bar: tqdm
     ) -> Iterator[tuple[tuple[Tensor, ...], list[int]]]:
-        for i, whole in enumerate(batches(self.data, size, device=self.where, shuffle=False), 1):
-            batch = batch_arguments(self.model, whole)
-            if not isinstance(self.data, Split):
-                check_batch(f"data, batch {i}", batch, observed)
-            for small in zip(*(t.split(size) for t in batch), strict=True):
-                done = range(0, self.num_particles, particles)
-                yield small, [min(particles, self.num_particles - k) for k in done]
-                bar.update(len(small[0]))
+        for small in checked_batches(self.model, self.data, observed, size, self.where):
+            done = range(0, self.num_particles, particles)
+            yield small, [min(particles, self.num_particles - k) for k in done]
+            bar.update(len(small[0]))
 
 
 def _continuous(sites: Mapping[str, Site], in_model: Mapping[str, Site]) -> dict[str, Site]:

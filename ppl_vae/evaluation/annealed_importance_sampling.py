@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ppl_vae._checks import check_choice, check_positive, check_seed
 from ppl_vae._random import seeded
-from ppl_vae.data import Split, batches
+from ppl_vae.data import Split
 from ppl_vae.evaluation._annealing import (
     Annealing,
     Schedule,
@@ -25,9 +25,9 @@ from ppl_vae.evaluation._annealing import (
 from ppl_vae.evaluation._latents import Latents, no_guide
 from ppl_vae.evaluation._weights import effective_sample_size
 from ppl_vae.evaluation.evaluate import Estimate
-from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
+from ppl_vae.infer.checking import check_all, checked_batches, first_batch, running_on
 from ppl_vae.infer.placing import place, prepare_data
-from ppl_vae.infer.running import Program, batch_arguments, check_pair, evaluating, trace_pair
+from ppl_vae.infer.running import Program, check_pair, evaluating, trace_pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,24 +197,20 @@ def annealed_importance_sampling(
         given = None if draws is None else _check_draws(draws, Latents(model, first), len(data), num_chains)
         done = 0
         with pyro.validation_enabled(False):
-            for i, whole in enumerate(batches(data, size, device=where, shuffle=False), 1):
-                batch = batch_arguments(model, whole)
-                if not isinstance(data, Split):
-                    check_batch(f"data, batch {i}", batch, observed)
-                for small in zip(*(t.split(size) for t in batch), strict=True):
-                    latents = Latents(model, small)
-                    exact = None if given is None else _rows(latents, given, done)
-                    annealing = Annealing(
-                        latents,
-                        starts,
-                        betas=betas,
-                        leapfrog=leapfrog,
-                        target=target_acceptance,
-                        num_chains=num_chains,
-                        tick=bar.update,
-                    )
-                    found.append(annealing.forward() if exact is None else annealing.reverse(exact))
-                    done += latents.n
+            for small in checked_batches(model, data, observed, size, where):
+                latents = Latents(model, small)
+                exact = None if given is None else _rows(latents, given, done)
+                annealing = Annealing(
+                    latents,
+                    starts,
+                    betas=betas,
+                    leapfrog=leapfrog,
+                    target=target_acceptance,
+                    num_chains=num_chains,
+                    tick=bar.update,
+                )
+                found.append(annealing.forward() if exact is None else annealing.reverse(exact))
+                done += latents.n
     log_weights = torch.cat([part[0] for part in found], 1).cpu()
     return AnnealedImportanceSampling(
         log_likelihood=bound_of(log_weights, reverse=reverse),

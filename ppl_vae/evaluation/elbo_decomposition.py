@@ -14,17 +14,15 @@ from tqdm import tqdm
 
 from ppl_vae._checks import check_positive, check_positive_int, check_seed
 from ppl_vae._random import seeded
-from ppl_vae.data import Split, batches
 from ppl_vae.evaluation.evaluate import CPU_ROWS, Estimate, pass_size
 from ppl_vae.infer.aggregate import marginals
-from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
+from ppl_vae.infer.checking import check_all, checked_batches, first_batch, running_on
 from ppl_vae.infer.divergence import factorises
 from ppl_vae.infer.log_weights import PARTICLE_DIM, Terms, per_datum_log_prob
 from ppl_vae.infer.placing import place, prepare_data
 from ppl_vae.infer.running import (
     Program,
     Site,
-    batch_arguments,
     check_pair,
     evaluating,
     in_own_store,
@@ -249,12 +247,7 @@ def in_memory(model: Program, guide: Program, data: Any, where: torch.device) ->
     with running_on("data", first):
         check_pair(*trace_pair(model, guide, *first), first)
     observed = check_all(model, guide, data, "data", where)
-    if isinstance(data, Split):
-        return batch_arguments(model, data.batch(torch.arange(len(data), device=where)))
-    parts = []
-    for i, whole in enumerate(batches(data, 1, device=where, shuffle=False), 1):
-        parts.append(batch_arguments(model, whole))
-        check_batch(f"data, batch {i}", parts[-1], observed)
+    parts = checked_batches(model, data, observed, sys.maxsize, where)
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from ppl_vae._checks import check_positive, check_positive_int, check_seed
 from ppl_vae._random import seeded
-from ppl_vae.data import Split, batches
-from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
+from ppl_vae.data import Split
+from ppl_vae.infer.checking import check_all, checked_batches, first_batch, running_on
 from ppl_vae.infer.log_weights import Terms, terms
 from ppl_vae.infer.placing import place, prepare_data
-from ppl_vae.infer.running import Program, batch_arguments, check_pair, evaluating, trace_pair
+from ppl_vae.infer.running import Program, check_pair, evaluating, trace_pair
 
 # A pass over rows (a draw for a datum each) is quickest when its tensors stay in the processor's
 # caches; a GPU wants as many as fit.
@@ -165,14 +165,9 @@ def evaluate(
         rows = CPU_ROWS if where.type == "cpu" else sys.maxsize
         size, particles = pass_size(memory, num_particles, rows, run)
         with pyro.validation_enabled(False):
-            loaded = batches(data, size, device=where, shuffle=False)
-            for i, whole in enumerate(loaded, 1):
-                batch = batch_arguments(model, whole)
-                if not isinstance(data, Split):
-                    check_batch(f"data, batch {i}", batch, observed)
-                for small in zip(*(t.split(size) for t in batch), strict=True):
-                    parts.append(_evaluate_batch(model, guide, small, num_particles, particles))
-                    bar.update(len(small[0]))
+            for small in checked_batches(model, data, observed, size, where):
+                parts.append(_evaluate_batch(model, guide, small, num_particles, particles))
+                bar.update(len(small[0]))
     values = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     n = len(values["elbo"])
 

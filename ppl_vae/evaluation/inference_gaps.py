@@ -22,15 +22,14 @@ from ppl_vae._checks import (
 )
 from ppl_vae._random import seeded
 from ppl_vae._warnings import warn
-from ppl_vae.data import Split, batches
+from ppl_vae.data import Split
 from ppl_vae.evaluation.evaluate import CPU_ROWS, Estimate, pass_size
 from ppl_vae.guides.local import LocalGuide
-from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
+from ppl_vae.infer.checking import check_all, checked_batches, first_batch, running_on
 from ppl_vae.infer.log_weights import PARTICLE_DIM, Terms, terms
 from ppl_vae.infer.placing import place, prepare_data
 from ppl_vae.infer.running import (
     Program,
-    batch_arguments,
     check_pair,
     evaluating,
     in_own_store,
@@ -278,32 +277,28 @@ def inference_gaps(
             ) as bar,
         ):
             number = done = 0
-            for i, whole in enumerate(batches(data, block, device=where, shuffle=False), 1):
-                batch = batch_arguments(model, whole)
-                if not isinstance(data, Split):
-                    check_batch(f"data, batch {i}", batch, observed)
-                for small in zip(*(t.split(block) for t in batch), strict=True):
-                    if given is not None and len(given[0]) < done + len(small[0]):
-                        raise ValueError(
-                            f"log_likelihood: expected a value for each of {done + len(small[0])} data or "
-                            f"more, got {len(given[0])}"
-                        )
-                    with seeded(seed, 0, number):
-                        best = search.optimum(small, count, bar, done)
-                    found.append(best)
-                    for j, start in enumerate(range(0, len(small[0]), size)):
-                        piece = tuple(t[start : start + size] for t in small)
-                        local = [r[start * count : (start + size) * count] for r in best]
-                        key = (seed, 1, number, j)
-                        amortised = search.weights(piece, None, 1, per_copy * count, chunk, key)
-                        optimal = amortised
-                        if heads:
-                            other = key if count == 1 else (seed, 2, number, j)
-                            optimal = search.weights(piece, local, count, per_copy, chunk, other)
-                        known = None if given is None else given[0][done : done + len(piece[0])]
-                        parts.append(_estimates(amortised, optimal, known))
-                        done += len(piece[0])
-                    number += 1
+            for small in checked_batches(model, data, observed, block, where):
+                if given is not None and len(given[0]) < done + len(small[0]):
+                    raise ValueError(
+                        f"log_likelihood: expected a value for each of {done + len(small[0])} data or "
+                        f"more, got {len(given[0])}"
+                    )
+                with seeded(seed, 0, number):
+                    best = search.optimum(small, count, bar, done)
+                found.append(best)
+                for j, start in enumerate(range(0, len(small[0]), size)):
+                    piece = tuple(t[start : start + size] for t in small)
+                    local = [r[start * count : (start + size) * count] for r in best]
+                    key = (seed, 1, number, j)
+                    amortised = search.weights(piece, None, 1, per_copy * count, chunk, key)
+                    optimal = amortised
+                    if heads:
+                        other = key if count == 1 else (seed, 2, number, j)
+                        optimal = search.weights(piece, local, count, per_copy, chunk, other)
+                    known = None if given is None else given[0][done : done + len(piece[0])]
+                    parts.append(_estimates(amortised, optimal, known))
+                    done += len(piece[0])
+                number += 1
     return _result(parts, found, search, heads, count, per_copy * count, copies, given)
 
 

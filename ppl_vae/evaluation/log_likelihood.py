@@ -12,16 +12,16 @@ from tqdm import tqdm
 from ppl_vae._checks import check_choice, check_positive, check_positive_int, check_seed
 from ppl_vae._random import seeded
 from ppl_vae._warnings import warn
-from ppl_vae.data import Split, batches
+from ppl_vae.data import Split
 from ppl_vae.evaluation._annealing import Schedule, Start
 from ppl_vae.evaluation._weights import effective_sample_size, estimate_of, log_mean_weight
 from ppl_vae.evaluation.annealed_importance_sampling import annealed_importance_sampling
 from ppl_vae.evaluation.evaluate import CPU_ROWS, Estimate, pass_size
 from ppl_vae.evaluation.pareto import LEAST_TAIL, pareto_k_hat, tail_size
-from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
+from ppl_vae.infer.checking import check_all, checked_batches, first_batch, running_on
 from ppl_vae.infer.log_weights import Terms, log_weights, terms
 from ppl_vae.infer.placing import place, prepare_data
-from ppl_vae.infer.running import Program, batch_arguments, check_pair, evaluating, trace_pair
+from ppl_vae.infer.running import Program, check_pair, evaluating, trace_pair
 
 RELIABLE = 0.7  # the largest k-hat
 
@@ -215,19 +215,14 @@ def _by_importance(
         # the weights of a pass are kept, in the few copies that the fit of their tail takes
         size = max(1, min(size, int(memory // (64 * num_particles))))
         with pyro.validation_enabled(False):
-            loaded = batches(data, size, device=where, shuffle=False)
-            for i, whole in enumerate(loaded, 1):
-                batch = batch_arguments(model, whole)
-                if not isinstance(data, Split):
-                    check_batch(f"data, batch {i}", batch, observed)
-                for small in zip(*(t.split(size) for t in batch), strict=True):
-                    weights = _log_weights(model, guide, small, num_particles, chunk)
-                    value, variance = log_mean_weight(weights)
-                    values.append(value)
-                    variances.append(variance)
-                    k_hat.append(pareto_k_hat(weights))
-                    ess.append(effective_sample_size(weights))
-                    bar.update(len(small[0]))
+            for small in checked_batches(model, data, observed, size, where):
+                weights = _log_weights(model, guide, small, num_particles, chunk)
+                value, variance = log_mean_weight(weights)
+                values.append(value)
+                variances.append(variance)
+                k_hat.append(pareto_k_hat(weights))
+                ess.append(effective_sample_size(weights))
+                bar.update(len(small[0]))
     return LogLikelihood(
         estimate_of(values, variances, num_particles),
         torch.cat(k_hat).cpu(),

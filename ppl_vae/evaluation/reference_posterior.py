@@ -1,6 +1,7 @@
 """Draws of a model's posterior itself, by NUTS or Hamiltonian Monte Carlo: what guides are held against."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,13 +14,12 @@ from tqdm import tqdm
 from ppl_vae._checks import check_choice, check_positive_int, check_seed
 from ppl_vae._random import seeded
 from ppl_vae._warnings import warn
-from ppl_vae.data import Split, batches
 from ppl_vae.evaluation._arviz import import_arviz
 from ppl_vae.evaluation._hmc import DualAveraging, Evaluate, traced, transition
 from ppl_vae.evaluation._latents import Latents, no_guide
-from ppl_vae.infer.checking import check_all, check_batch, first_batch, running_on
+from ppl_vae.infer.checking import check_all, checked_batches, first_batch, running_on
 from ppl_vae.infer.placing import place, prepare_data
-from ppl_vae.infer.running import Program, batch_arguments, check_pair, evaluating, trace_pair
+from ppl_vae.infer.running import Program, check_pair, evaluating, trace_pair
 
 Method = Literal["hmc", "nuts"]
 
@@ -267,13 +267,8 @@ def gather(
             else:
                 check_pair(*traces, first)
         observed = check_all(model, stand_in, data, "data", where)
-    found = []
     with seeded(seed):
-        size = len(data) if isinstance(data, Split) else 1
-        for i, whole in enumerate(batches(data, size, device=where, shuffle=False), 1):
-            if not isinstance(data, Split):
-                check_batch(f"data, batch {i}", whole, observed)
-            found.append(batch_arguments(model, whole))
+        found = list(checked_batches(model, data, observed, sys.maxsize, where))
     return tuple(torch.cat(tensors) for tensors in zip(*found, strict=True))
 
 

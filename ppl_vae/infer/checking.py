@@ -125,6 +125,25 @@ def check_all(
     return observed
 
 
+def checked_batches(
+    model: Program, data: Any, observed: list[Observation], size: int, device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the model's arguments for at most ``size`` data at a time; a loader's are checked as they come.
+
+    Args:
+        model: the model.
+        data: what ``prepare_data`` gave.
+        observed: what ``check_all`` gave.
+        size: of a split's batches; larger ones of a loader are cut.
+        device: where to work.
+    """
+    for i, whole in enumerate(batches(data, size, device=device, shuffle=False), 1):
+        batch = batch_arguments(model, whole)
+        if not isinstance(data, Split):
+            check_batch(f"data, batch {i}", batch, observed)
+        yield from zip(*(t.split(size) for t in batch), strict=True)
+
+
 def check_validation(model: Program, guide: Program, data: Any, size: int, device: torch.device) -> None:
     """Raise as ``check_all`` and ``check_batch`` do if the pair can't run on any of the validation data."""
     observed = check_all(model, guide, data, "validation", device)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ppl_vae.evaluation.calibration import Calibration
+from ppl_vae.plots._axes import axes_or_new
 from ppl_vae.plots._tiles import check_result
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
+_SIZE = (6.4, 4.0)
 _BAND = 0.99  # of the binomial counts of a calibrated guide
 _NAMED = 10  # quantities that have a colour each
 
@@ -42,7 +44,7 @@ def plot_calibration(result: Calibration, ax: "Axes | None" = None) -> "Axes":
     check_result(result, Calibration)
     from scipy.stats import binom
 
-    ax = _axes(ax)
+    ax = axes_or_new(ax, _SIZE)
     n, bins, ranks = result.num_data, result.bins, result.num_draws + 1
     low, high = binom.interval(_BAND, n, 1 / bins)
     ax.axhspan(low, high, color="0.9", zorder=0, label=f"{_BAND:.0%} of a bin's counts")
@@ -86,7 +88,7 @@ def plot_coverage(result: Calibration, ax: "Axes | None" = None) -> "Axes":
     check_result(result, Calibration)
     from scipy.stats import binom
 
-    ax = _axes(ax)
+    ax = axes_or_new(ax, _SIZE)
     n, found = result.num_data, result.coverage()
     levels = found.index.unique("level").to_numpy()
     low, high = binom.interval(_BAND, n, levels)
@@ -102,14 +104,6 @@ def plot_coverage(result: Calibration, ax: "Axes | None" = None) -> "Axes":
     ax.set_ylabel("share of data that it holds")
     ax.set_title(_title(result), fontsize="medium")
     _legend(ax)
-    return ax
-
-
-def _axes(ax: "Axes | None") -> "Axes":
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        _, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     return ax
 
 

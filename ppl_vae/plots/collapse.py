@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ppl_vae.evaluation.active_units import CollapseReport
+from ppl_vae.plots._axes import axes_or_new
 from ppl_vae.plots._tiles import check_result
 
 if TYPE_CHECKING:
@@ -40,10 +41,7 @@ def plot_collapse(result: CollapseReport, ax: "Axes | None" = None) -> "Axes":
         '1 of 2 dimensions active'
     """
     table = check_result(result, CollapseReport).table
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        _, ax = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+    ax = axes_or_new(ax, (5.6, 4.2))
     column = "posterior_sd" if table["kl"].isna().any() else "kl"
     variances = table["variance_of_means"]
     positive = [float(v) for v in variances if v > 0] + [result.threshold or 1.0]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ppl_vae.evaluation.inference_gaps import InferenceGaps
+from ppl_vae.plots._axes import axes_or_new
 from ppl_vae.plots._tiles import check_result
 
 if TYPE_CHECKING:
@@ -54,10 +55,7 @@ def plot_gaps(result: InferenceGaps, ax: "Axes | None" = None) -> "Axes":
     bars = torch.stack([group.mean(1) for group in groups], 1)
     sizes = torch.tensor([group.shape[1] for group in groups])
     left = (sizes.cumsum(0) - sizes).double() + 0.5  # ranks from 1, bars around them
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        _, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    ax = axes_or_new(ax, (6.4, 3.8))
     above, below = torch.zeros_like(left), torch.zeros_like(left)
     total = 0.0
     for (name, label, colour), heights in zip(_PARTS, bars, strict=True):

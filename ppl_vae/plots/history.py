@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ppl_vae._checks import did_you_mean
+from ppl_vae.plots._axes import axes_or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,10 +58,7 @@ def plot_history(result: Sequence[Mapping[str, float]], ax: "Axes | None" = None
         'ELBO (nats per datum)'
     """
     _check(result)
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        _, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    ax = axes_or_new(ax, (6.4, 4.0))
     from matplotlib.ticker import MaxNLocator
     from matplotlib.transforms import ScaledTranslation
 

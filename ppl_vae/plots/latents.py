@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evaluation.generation import Latents
+from ppl_vae.plots._axes import axes_or_new
 from ppl_vae.plots._tiles import check_result
 
 if TYPE_CHECKING:
@@ -41,10 +42,7 @@ def plot_latents(result: Latents, ax: "Axes | None" = None) -> "Axes":
     """
     z, y = _check(check_result(result, Latents))
     points, labels = _plane(z)
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        _, ax = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
+    ax = axes_or_new(ax, (5.6, 4.6))
     style: dict[str, Any] = {
         "s": min(30.0, max(1.5, 15000 / len(z))),
         "alpha": 0.7,

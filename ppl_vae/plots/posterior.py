@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from ppl_vae.evaluation.guides import PosteriorDensity
+from ppl_vae.plots._axes import axes_or_new
 from ppl_vae.plots._tiles import check_result
 
 if TYPE_CHECKING:
@@ -47,10 +48,7 @@ def plot_posterior(result: PosteriorDensity, ax: "Axes | None" = None) -> "Axes"
     """
     check_result(result, PosteriorDensity)
     levels = {name: _levels(f"result.guides[{name!r}]", d) for name, d in result.guides.items()}
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        _, ax = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
+    ax = axes_or_new(ax, (5.6, 4.6))
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

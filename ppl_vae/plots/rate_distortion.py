@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ppl_vae.evaluation.rate_distortion import RateDistortion
+from ppl_vae.plots._axes import axes_or_new
 from ppl_vae.plots._tiles import check_result
 
 if TYPE_CHECKING:
@@ -36,10 +37,7 @@ def plot_rate_distortion(result: RateDistortion, ax: "Axes | None" = None) -> "A
         'rate (nats per datum)'
     """
     table = check_result(result, RateDistortion).table.sort_values("rate")
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        _, ax = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
+    ax = axes_or_new(ax, (5.6, 4.4))
     best = table["elbo"].idxmax()
     for weight, elbo, rate in zip(table.index, table["elbo"], table["rate"], strict=True):
         colour, line = ("0.45", "--") if weight == best else ("0.85", "-")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae._checks import check_choice
+from ppl_vae.plots._axes import axes_or_new
 from ppl_vae.plots._tiles import check_images, check_result, draw_tiles, number
 from ppl_vae.tasks.anomaly import AnomalyDetection
 from ppl_vae.tasks.arithmetic import Edits, LatentArithmetic
@@ -42,7 +43,7 @@ def plot_roc_curves(result: AnomalyDetection, ax: "Axes | None" = None) -> "Axes
     check_result(result, AnomalyDetection)
     from sklearn.metrics import roc_curve
 
-    ax = _axes(ax, (6.8, 4.2))
+    ax = axes_or_new(ax, (6.8, 4.2))
     for score in result.normal:
         normal, anomalous = result.normal[score], result.anomalous[score]
         labels = torch.cat([torch.zeros_like(normal), torch.ones_like(anomalous)])
@@ -85,7 +86,7 @@ def plot_anomaly_scores(result: AnomalyDetection, ax: "Axes | None" = None, *, s
     """
     check_result(result, AnomalyDetection)
     check_choice("score", score, result.normal)
-    ax = _axes(ax, (5.6, 3.6))
+    ax = axes_or_new(ax, (5.6, 3.6))
     named = {"normal": result.normal[score], "anomalous": result.anomalous[score]}
     values = torch.cat(list(named.values()))
     values = values[values.isfinite()].double()
@@ -241,11 +242,3 @@ def plot_edits(result: Edits, ax: "Axes | None" = None) -> "Axes":
     ax.set_ylabel("strength of the vector")
     ax.set_title("Data edited by an attribute vector", fontsize="medium")
     return ax
-
-
-def _axes(ax: "Axes | None", size: tuple[float, float]) -> "Axes":
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]
