@@ -3,11 +3,11 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 # Tools are run on these, never on `.`: the root entries `models` and `guides` are links.
-CODE   := conftest.py .ci/check_wheel ppl_vae tests $(wildcard benchmarks notebooks)
+CODE   := conftest.py .ci/check_wheel .ci/site_hooks.py ppl_vae tests $(wildcard benchmarks notebooks)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install fit test lint typecheck format build-check clean
+.PHONY: help install fit test lint typecheck format notebooks docs build-check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -31,11 +31,18 @@ format: .venv/.dev ## Fix what can be fixed by itself, and format
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
+notebooks: .venv/.dev ## Run the notebooks at full size and write their outputs into them; PPL_VAE_DATA names the data
+	env -u CI $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+docs: .venv/.dev ## Build the documentation site into site/, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 build-check: .venv/.dev ## Build the wheel and import it in a clean environment
 	$(BIN)/python .ci/check_wheel
 
 clean: ## Remove caches and build outputs (.venv and runs stay)
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(wildcard ppl_vae tests benchmarks notebooks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps .run and .dev say that the pinned install is done; they age with the two files on the right.

@@ -82,7 +82,13 @@ class Split:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """A dataset in three splits."""
+    """A dataset in three splits.
+
+    Example:
+        >>> digits = load_dataset("digits")
+        >>> digits.x_shape, digits.train, len(digits.test)
+        ((1, 8, 8), Split(x=[1000, 1, 8, 8], y=[1000]), 447)
+    """
 
     name: str
     train: Split
@@ -176,6 +182,11 @@ def check_data(data: Split | Tensor, name: str) -> None:
     Raises:
         TypeError: ``x`` is not floating-point, or ``y`` are labels that are not integer.
         ValueError: no data, NaN or infinite values, or a ``y`` that is not of one row per datum.
+
+    Example:
+        >>> check_data(torch.tensor([[0.5, float("nan")]]), "train")
+        Traceback (most recent call last):
+        ValueError: train: expected finite x, got 1 NaN or infinite values, first in row 0
     """
     x, y = (data.x, data.y) if isinstance(data, Split) else (data, None)
     if not x.is_floating_point():
@@ -334,7 +345,12 @@ def semi_supervised(split: Split, labels: int = 100, *, seed: int = 0, repeat: i
 
 
 def num_batches(data: Split | Iterable[Any], batch_size: int) -> int | None:
-    """Return how many batches `batches` yields, ``None`` if ``data`` does not know its length."""
+    """Return how many batches `batches` yields, ``None`` if ``data`` does not know its length.
+
+    Example:
+        >>> num_batches(Split(torch.rand(5, 2)), 2)
+        3
+    """
     if isinstance(data, Split):
         return -(-len(data) // check_positive_int("batch_size", batch_size))
     try:

@@ -13,6 +13,8 @@ from torch import Tensor
 from ppl_vae._checks import check_positive, check_positive_int, check_seed, check_sizes
 from ppl_vae.data import Dataset, Split
 
+__all__ = ["FACTORS", "SHAPES", "load_dsprites", "make_sprites", "render_sprites"]
+
 FACTORS = ("shape", "scale", "rotation", "x", "y")
 SHAPES = ("square", "ellipse", "heart")
 DSPRITES_FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
@@ -193,6 +195,13 @@ def load_dsprites(
     References:
         beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework (Higgins et al.,
         2017)
+
+    Example:
+        >>> dataset = load_dsprites("/data", num_data=10_000)  # doctest: +SKIP
+        >>> load_dsprites("nowhere")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: dsprites: no file nowhere/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz, ...
     """
     check_seed(seed)
     if num_data is not None and check_positive_int("num_data", num_data) < 3:

@@ -1,6 +1,8 @@
 """The package as a whole: how it is imported, what it promises by name, and what its sources keep to."""
 
 import ast
+import dataclasses
+import doctest
 import importlib
 import inspect
 import subprocess
@@ -14,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ppl_vae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SUBPACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
-PUBLIC = ["ppl_vae", *(f"ppl_vae.{name}" for name in SUBPACKAGES), "ppl_vae.data"]
+MODULES = ("data", "sklearn", "sprites")
+PUBLIC = ["ppl_vae", *(f"ppl_vae.{name}" for name in (*SUBPACKAGES, *MODULES))]
 
 
 def relative(path: Path) -> str:
@@ -97,6 +100,24 @@ def test_public_names_exist_and_have_a_docstring(module_name: str) -> None:
         if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
             # A class's own: getdoc would take the one of torch.nn.Module.
             assert value.__doc__, f"{module_name}.{name} has no docstring"
+
+
+def is_result(value: object) -> bool:
+    """Return whether users get it from a function and never make it: a dataclass of evaluation or tasks."""
+    module = getattr(value, "__module__", "")
+    return dataclasses.is_dataclass(value) and module.startswith(("ppl_vae.evaluation.", "ppl_vae.tasks."))
+
+
+@pytest.mark.parametrize("module_name", PUBLIC)
+def test_public_names_have_an_example(module_name: str) -> None:
+    """The docstring of each function, and of each class but those of results, has an example that runs."""
+    module = importlib.import_module(module_name)
+    for name in module.__all__:
+        value = getattr(module, name)
+        if (inspect.isclass(value) or inspect.isroutine(value)) and not is_result(value):
+            examples = doctest.DocTestParser().get_examples(value.__doc__)
+            ran = [example for example in examples if not example.options.get(doctest.SKIP)]
+            assert ran, f"{module_name}.{name} has no example that runs"
 
 
 def test_version_is_that_of_pyproject() -> None:

@@ -69,6 +69,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 2 for wrong input, 1 for a failure such as a loss that became NaN, 130 for Ctrl-C.
+
+    Example:
+        >>> main(["sample", "--help"])
+        usage...
+        0
     """
     name, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
     if name in ("-h", "--help", "help"):

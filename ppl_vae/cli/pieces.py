@@ -91,7 +91,8 @@ def known(piece: str) -> dict[str, Any]:
         module = importlib.import_module(package)
         for name in getattr(module, "__all__", dir(module)):
             made = getattr(module, name)
-            if inspect.isclass(made) and issubclass(made, base) and made is not base and name[:3] != "Jit":
+            usable = inspect.isclass(made) and issubclass(made, base) and not inspect.isabstract(made)
+            if usable and made is not base and name[:3] != "Jit":
                 if name not in _IN_PYTHON and _fits(piece, made):
                     found[name] = made
     return found

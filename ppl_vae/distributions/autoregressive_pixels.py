@@ -25,6 +25,13 @@ class AutoregressivePixels(dist.TorchDistribution):
         levels: the number of levels of a value, from 2.
         mean_draws: the number of draws for the mean.
         validate_args: as in torch.
+
+    Example:
+        >>> network = GatedPixelCNN(1, 1, features=4, hidden=8, layers=1)
+        >>> images = AutoregressivePixels(network, torch.zeros(3, 4, 5, 5), channels=1)
+        >>> x = images.sample()
+        >>> x.shape, images.log_prob(x).shape
+        (torch.Size([3, 1, 5, 5]), torch.Size([3]))
     """
 
     arg_constraints = {"features": constraints.independent(constraints.real, 3)}  # noqa: RUF012

@@ -25,6 +25,17 @@ class AutoregressiveSequence(dist.TorchDistribution):
         lengths: integers ``[n]``, or None for ``max_length``.
         max_length: the number of steps of draws.
         step: the support of a step, ``[*event]``.
+
+    Example:
+        >>> from ppl_vae.networks import RecurrentDecoder
+        >>> decoder, tokens = RecurrentDecoder(2, vocabulary=5, hidden=8), constraints.integer_interval(0, 4)
+        >>> lengths = torch.tensor([4, 2, 3])
+        >>> sequences = AutoregressiveSequence(
+        ...     decoder, lambda logits: dist.Categorical(logits=logits), torch.zeros(3, 2), lengths, 4, tokens
+        ... )
+        >>> x = sequences.sample()
+        >>> x.shape, sequences.log_prob(x).shape
+        (torch.Size([3, 4]), torch.Size([3]))
     """
 
     arg_constraints: ClassVar = {"z": constraints.real_vector}

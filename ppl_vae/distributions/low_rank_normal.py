@@ -18,6 +18,13 @@ class LowRankNormal(dist.LowRankMultivariateNormal):
         loc: ``[*batch, latent]``.
         cov_factor: :math:`W`, ``[*batch, latent, rank]``.
         cov_diag: :math:`D`, ``[*batch, latent]``.
+
+    Example:
+        >>> normal = LowRankNormal(torch.zeros(3), torch.ones(3, 1), torch.full((3,), 0.5))
+        >>> normal.covariance_matrix
+        tensor([[1.5000, 1.0000, 1.0000],
+                [1.0000, 1.5000, 1.0000],
+                [1.0000, 1.0000, 1.5000]])
     """
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -25,6 +25,14 @@ class NormalMixture(dist.MixtureSameFamily):
     Args:
         mixture_distribution: ``Categorical`` of the weights, ``[*batch, components]``.
         component_distribution: ``Normal(...).to_event(1)``, ``[*batch, components, latent]``.
+
+    Example:
+        >>> loc = torch.tensor([[-1.0, 0.0], [3.0, 0.0]], requires_grad=True)
+        >>> weights = dist.Categorical(torch.tensor([0.5, 0.5]))
+        >>> mixture = NormalMixture(weights, dist.Normal(loc, 1.0).to_event(1))
+        >>> mixture.rsample((100,)).sum().backward()
+        >>> mixture.mean.tolist(), loc.grad.shape
+        ([1.0, 0.0], torch.Size([2, 2]))
     """
 
     has_rsample = True

@@ -16,6 +16,17 @@ class SharedMixture(dist.TorchDistribution):
         components: a distribution of batch shape ``[components]``.
         log_weights: ``[components]``, normalised.
         select: gives the distribution of components by their numbers ``[m]``, of batch shape ``[m]``.
+
+    Example:
+        >>> from ppl_vae.distributions import VonMisesFisher
+        >>> loc, concentration = torch.eye(3), torch.full((3,), 10.0)
+        >>> mixture = SharedMixture(
+        ...     VonMisesFisher(loc, concentration),
+        ...     torch.full((3,), 1 / 3).log(),
+        ...     lambda which: VonMisesFisher(loc[which], concentration[which]),
+        ... )
+        >>> mixture.log_prob(mixture.sample((5,))).shape
+        torch.Size([5])
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012, as of torch

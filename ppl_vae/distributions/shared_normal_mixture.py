@@ -23,6 +23,12 @@ class SharedNormalMixture(dist.TorchDistribution):
         loc: ``[components, latent]``.
         scale: likewise.
         log_weights: ``[components]``, normalised.
+
+    Example:
+        >>> loc = torch.tensor([[-1.0, 0.0], [3.0, 0.0]])
+        >>> mixture = SharedNormalMixture(loc, torch.ones(2, 2), torch.tensor([0.5, 0.5]).log())
+        >>> mixture.mean, mixture.variance
+        (tensor([1., 0.]), tensor([5., 1.]))
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012, as of torch

@@ -15,6 +15,11 @@ class SomeLabels(dist.TorchDistribution):
 
     Args:
         log_probs: log p(y) of each class, normalised, ``[*batch, num_classes]``.
+
+    Example:
+        >>> labels = SomeLabels(torch.tensor([0.5, 0.3, 0.2]).log())
+        >>> labels.log_prob(torch.tensor([0, 2, -1])).exp()
+        tensor([0.5000, 0.2000, 1.0000])
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

@@ -46,6 +46,11 @@ from ppl_vae.evaluation.estimators import compare_estimators as compare_estimato
 from ppl_vae.evaluation.evaluate import Estimate as Estimate
 from ppl_vae.evaluation.evaluate import Evaluation as Evaluation
 from ppl_vae.evaluation.evaluate import evaluate as evaluate
+from ppl_vae.evaluation.generation import Interpolation as Interpolation
+from ppl_vae.evaluation.generation import Latents as Latents
+from ppl_vae.evaluation.generation import Reconstructions as Reconstructions
+from ppl_vae.evaluation.generation import Samples as Samples
+from ppl_vae.evaluation.generation import Traversal as Traversal
 from ppl_vae.evaluation.generation import encode as encode
 from ppl_vae.evaluation.generation import interpolate as interpolate
 from ppl_vae.evaluation.generation import reconstruct as reconstruct
@@ -85,12 +90,17 @@ __all__ = [
     "Evaluation",
     "GuideComparison",
     "InferenceGaps",
+    "Interpolation",
+    "Latents",
     "LogLikelihood",
     "PosteriorDensity",
     "RateDistortion",
+    "Reconstructions",
     "ReferencePosterior",
     "SampleQuality",
+    "Samples",
     "Score",
+    "Traversal",
     "active_units",
     "annealed_importance_sampling",
     "beta_vae_score",

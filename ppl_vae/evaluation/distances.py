@@ -114,6 +114,10 @@ def median_distance(x: Tensor, *, most: int = 500) -> Tensor:
 
     Raises:
         TypeError, ValueError: if a shape is wrong, the draws are not finite or there is one alone.
+
+    Example:
+        >>> median_distance(torch.tensor([[0.0], [1.0], [3.0]]))
+        tensor(2., dtype=torch.float64)
     """
     x, _ = _check(x, x)
     m = x.shape[-2]

@@ -50,6 +50,28 @@ class Estimate:
         """The standard error of the mean, over data: how far new data would move it."""
         return float(self.values.std() / math.sqrt(len(self.values))) if len(self.values) > 1 else math.nan
 
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """The difference on the same data, whose standard error is that of paired values.
+
+        Its ``num_particles`` is the smaller one of the two.
+
+        Raises:
+            ValueError: if the numbers of data differ.
+
+        Example:
+            >>> values = torch.tensor([[2.0, 5.0, 9.0], [1.0, 3.0, 8.0]])
+            >>> print(Estimate(values[0], 10, 0.0) - Estimate(values[1], 10, 0.0))
+            1.33 +- 0.33
+        """
+        if len(self.values) != len(other.values):
+            expected = f"expected an estimate of the same {len(self.values)} data"
+            raise ValueError(f"other: {expected}, got one of {len(other.values)}")
+        return Estimate(
+            self.values - other.values,
+            min(self.num_particles, other.num_particles),
+            math.hypot(self.monte_carlo_error, other.monte_carlo_error),
+        )
+
     def __str__(self) -> str:
         return f"{self.mean:.2f} +- {self.standard_error:.2f}"
 

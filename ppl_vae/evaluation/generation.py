@@ -1,7 +1,7 @@
 """Samples, reconstructions, latents, traversals and interpolations, made by running the programs."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from pyro.distributions import constraints
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from ppl_vae._checks import check_positive_int
+from ppl_vae._checks import check_choice, check_positive_int
 from ppl_vae.infer.running import Program, Site, evaluating, latent_sites, observed_sites, without_table
 
 _DRAWS = "give it a keyword `size=None` and draw size data where the batch is None"
@@ -87,35 +87,81 @@ class Interpolation:
     weights: Tensor
 
 
-def sample(model: Program, size: int) -> Samples:
+def sample(model: Program, size: int | None = None, *, given: Mapping[str, Tensor] | None = None) -> Samples:
     """Draw data from the prior, with the mean of the likelihood that each was drawn from.
 
     Args:
         model: a program that takes ``model(None, size=n)``.
-        size: how many data to draw.
+        size: how many data to draw; by default as many as are ``given``.
+        given: what is held fixed, ``[size, *event]`` each, by name: an argument of the program, such as
+            the labels ``y`` of a ``CVAE``, or a latent site, such as the cluster ``y`` of a
+            ``GaussianMixtureVAE`` or the top layer ``z2`` of a ``HierarchicalVAE``.
 
     Returns:
         Draws and means, each ``[size, *event]``, on the CPU; no means if the likelihood has none, as an
         autoregressive one of sequences.
 
     Raises:
-        TypeError: if the model can't be called as ``model(None, size=size)``.
-        ValueError: if the model has no site "x" or draws another number of data.
+        TypeError: if the model can't be called as ``model(None, size=size)``, or something else than a
+            tensor is given.
+        ValueError: if the model has no site "x" or draws another number of data, neither a size nor a
+            tensor is given, what is given has no argument or latent site of its name, or another shape.
 
     Example:
         >>> from ppl_vae.models import LinearGaussian
-        >>> sample(LinearGaussian(2, 4), 5).mean.shape
+        >>> model = LinearGaussian(2, 4)
+        >>> sample(model, 5).mean.shape
         torch.Size([5, 4])
+        >>> sample(model, given={"z": torch.zeros(3, 2)}).x.shape
+        torch.Size([3, 4])
     """
-    size = check_positive_int("size", size)
+    fixed, size = _check_given(given, size)
     with evaluating(model):
-        trace = prior_trace(model, size)
+        where = (
+            next(iter(model.parameters()), torch.empty(0)).device if isinstance(model, nn.Module) else None
+        )
+        fixed = {name: value.to(where) for name, value in fixed.items()}
+        arguments = {name: value for name, value in fixed.items() if name in _parameters(model)}
+        sites = {name: value for name, value in fixed.items() if name not in arguments}
+        if sites:  # conditioning on a site that the model lacks does nothing
+            one = {name: value[:1] for name, value in arguments.items()}
+            latents = latent_sites(prior_trace(model, 1, arguments=one))
+            latents.pop("x", None)
+            for name, value in sites.items():
+                check_choice("given", name, latents)
+                expected = latents[name]["value"].shape[1:]
+                if value.shape[1:] != expected:
+                    raise ValueError(
+                        f"given[{name!r}]: expected {['n', *expected]}, got {list(value.shape)}".replace(
+                            "'n'", "n"
+                        )
+                    )
+        trace = prior_trace(model, size, sites, arguments)
         drawn = named_site(trace, "x", "model")["value"]
         try:
             mean = likelihood_mean(trace).cpu()
         except NotImplementedError:
             mean = None
     return Samples(drawn.cpu(), mean)
+
+
+def _check_given(given: Mapping[str, Tensor] | None, size: int | None) -> tuple[dict[str, Tensor], int]:
+    """Return what is given and the number of data to draw, or raise if they don't agree."""
+    fixed = dict(given or {})
+    for name, value in fixed.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"given[{name!r}]: expected a tensor, got {type(value).__name__}")
+        if value.dim() == 0:
+            raise ValueError(f"given[{name!r}]: expected a value for each datum, [n, ...], got a scalar")
+    if size is None:
+        if not fixed:
+            raise ValueError("size: expected a number of data where nothing is given, got None")
+        size = len(next(iter(fixed.values())))
+    size = check_positive_int("size", size)
+    for name, value in fixed.items():
+        if len(value) != size:
+            raise ValueError(f"given[{name!r}]: expected {size} data, got {len(value)}")
+    return fixed, size
 
 
 def reconstruct(model: Program, guide: Program, *batch: Any) -> Reconstructions:
@@ -286,26 +332,45 @@ def interpolate(model: Program, z_start: Tensor, z_end: Tensor, *, steps: int = 
     return Interpolation(x, weights.cpu())
 
 
-def prior_trace(model: Program, size: int, z: Tensor | None = None) -> Trace:
-    """Trace ``model(None, size=size)``, with the site "z" set to ``z`` where given."""
+def prior_trace(
+    model: Program,
+    size: int,
+    sites: Mapping[str, Tensor] | None = None,
+    arguments: Mapping[str, Tensor] | None = None,
+) -> Trace:
+    """Trace ``model(None, size=size)``, with sites set to what is given, and further arguments."""
+    keywords = dict(arguments or {}) | {"size": size}
+    call = f"model(None, {''.join(f'{name}={name}, ' for name in arguments or {})}size={size})"
     try:
-        inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(None, size=size)
+        inspect.signature(_run(model)).bind(None, **keywords)
     except TypeError:
-        raise TypeError(f"model: can't be called as model(None, size={size}); {_DRAWS}") from None
+        raise TypeError(f"model: can't be called as {call}; {_DRAWS}") from None
     except ValueError:  # a callable without a signature
         pass
-    program = model if z is None else poutine.condition(model, data={"z": z})
+    program = poutine.condition(model, data=dict(sites)) if sites else model
     try:
-        trace = poutine.trace(program).get_trace(None, size=size)
+        trace = poutine.trace(program).get_trace(None, **keywords)
     except (AttributeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise TypeError(f"model: model(None, size={size}) failed ({reason}); {_DRAWS}") from error
+        raise TypeError(f"model: {call} failed ({reason}); {_DRAWS}") from error
     except (ValueError, RuntimeError) as error:
         raise without_table(error) from None
     drawn = named_site(trace, "x", "model")["value"]
     if drawn.ndim == 0 or len(drawn) != size:
-        raise ValueError(f"model: expected model(None, size={size}) to draw {size} data, got {_shape(drawn)}")
+        raise ValueError(f"model: expected {call} to draw {size} data, got {_shape(drawn)}")
     return trace
+
+
+def _run(model: Program) -> Any:
+    return model.forward if isinstance(model, nn.Module) else model
+
+
+def _parameters(model: Program) -> Collection[str]:
+    """Return the names of a program's arguments beside the data and the size."""
+    try:
+        return set(list(inspect.signature(_run(model)).parameters)[1:]) - {"size"}
+    except ValueError:  # a callable without a signature
+        return ()
 
 
 def prior_site(model: Program, z: Tensor) -> Site:
@@ -348,7 +413,7 @@ def _great_circle(start: Tensor, end: Tensor, weights: Tensor) -> Tensor:
 def decode(model: Program, prior: Site, z: Tensor) -> Tensor:
     """Return the likelihood's means ``[*grid, *event]`` of latents ``[*grid, latent]``."""
     flat = z.to(prior["value"]).flatten(end_dim=-2)
-    mean = likelihood_mean(prior_trace(model, len(flat), flat))
+    mean = likelihood_mean(prior_trace(model, len(flat), {"z": flat}))
     return mean.reshape(*z.shape[:-1], *mean.shape[1:]).cpu()
 
 

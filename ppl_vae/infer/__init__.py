@@ -1,6 +1,7 @@
 """Inference: estimators of the ELBO and other bounds, the loss as a module, and the engine."""
 
 from ppl_vae.infer.compiled_svi import CompiledSVI as CompiledSVI
+from ppl_vae.infer.estimator import Estimator as Estimator
 from ppl_vae.infer.estimators import CIWAE as CIWAE
 from ppl_vae.infer.estimators import CUBO as CUBO
 from ppl_vae.infer.estimators import DIP_ELBO as DIP_ELBO
@@ -42,6 +43,7 @@ __all__ = [
     "CyclicalWarmup",
     "DReG",
     "EnumELBO",
+    "Estimator",
     "LinearWarmup",
     "Objective",
     "RelaxedELBO",

@@ -241,7 +241,8 @@ class CompiledSVI(SVI):
                 graph(*batch)
         except Exception as error:  # whatever a program does
             where = f" {line_of(error)}" if what == "can't trace" else ""
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            said = str(error).partition("Trace Shapes:")[0]  # what Pyro adds to an error
+            reason = " ".join(said.split())[:200] or type(error).__name__
             self._failure = f"{what}{where}: {reason}"
             return None
         self._held |= held

@@ -36,6 +36,19 @@ class Estimator(ELBO):
 
     Raises:
         TypeError, ValueError: if ``num_particles`` is not a whole number above 0 or a weight below 0.
+
+    Example:
+        One of one's own, the median of the log weights in the place of their mean:
+
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.infer import Estimator
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> class Median(Estimator):
+        ...     def objective(self, scores, kl_weight):
+        ...         return scores.log_weights(kl_weight).median(0).values
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> loss = Median(9).loss_and_grads(model, guide, model(None, size=10).detach())
     """
 
     gradient: Gradient = "full"  # which way gradients reach the guide

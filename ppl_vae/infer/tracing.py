@@ -1,6 +1,7 @@
 """Steps traced once into a graph of tensor operations, and compiled."""
 
 import contextlib
+import logging
 import sys
 import threading
 import traceback
@@ -88,15 +89,19 @@ def _filled(result: Any, outputs: Sequence[Tensor]) -> Any:
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Return the graph compiled by TorchInductor, without gradients."""
     before = Distribution._validate_args  # compiling switches it off
+    extensions = logging.getLogger("torch.utils.cpp_extension")  # notes a toolkit of CUDA without a GPU
+    level = extensions.level
+    extensions.setLevel(logging.ERROR)
     try:
         with torch.no_grad():
             return torch._inductor.compile(graph, list(inputs), {"fallback_random": True})
     finally:
+        extensions.setLevel(level)
         Distribution.set_default_validate_args(before)
 
 
 def line_of(error: Exception, skip: Collection[str] = ()) -> str:
-    """Return the line of the user's, or the library's, that an error came from.
+    """Return the line of the user's, or the library's, that an error came from; of a notebook's cell too.
 
     Args:
         error: one that was caught.
@@ -110,7 +115,8 @@ def line_of(error: Exception, skip: Collection[str] = ()) -> str:
     ]
     own = [f for f in own if f.filename not in (__file__, *skip)] or own
     frame = (own or frames)[-1]
-    return f"{frame.filename}:{frame.lineno} ({frame.line})"
+    in_notebook = Path(frame.filename).parent.name.startswith("ipykernel_")
+    return f"{'cell' if in_notebook else frame.filename}:{frame.lineno} ({frame.line})"
 
 
 def _lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:

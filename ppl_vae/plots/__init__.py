@@ -7,6 +7,7 @@ from ppl_vae.plots.disentanglement import plot_disentanglement as plot_disentang
 from ppl_vae.plots.estimators import plot_estimators as plot_estimators
 from ppl_vae.plots.gaps import plot_gaps as plot_gaps
 from ppl_vae.plots.history import plot_history as plot_history
+from ppl_vae.plots.images import plot_images as plot_images
 from ppl_vae.plots.interpolation import plot_interpolation as plot_interpolation
 from ppl_vae.plots.latents import plot_latents as plot_latents
 from ppl_vae.plots.posterior import plot_posterior as plot_posterior
@@ -34,6 +35,7 @@ __all__ = [
     "plot_estimators",
     "plot_gaps",
     "plot_history",
+    "plot_images",
     "plot_imputation",
     "plot_interpolation",
     "plot_latent_arithmetic",

@@ -39,6 +39,19 @@ def plot_roc_curves(result: AnomalyDetection, ax: "Axes | None" = None) -> "Axes
 
     Raises:
         TypeError: if the result is of another kind.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> from ppl_vae.tasks import detect_anomalies
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> normal, anomalous = torch.randn(50, 5), 10 + torch.randn(30, 5)
+        >>> result = detect_anomalies(model, guide, normal, anomalous, progress=False)
+        >>> ax = plot_roc_curves(result, ax=Figure().subplots())
+        >>> ax.get_legend_handles_labels()[1][1]
+        'minus log p(x): 1.000 ± 0.000'
     """
     check_result(result, AnomalyDetection)
     from sklearn.metrics import roc_curve
@@ -83,6 +96,19 @@ def plot_anomaly_scores(result: AnomalyDetection, ax: "Axes | None" = None, *, s
     Raises:
         TypeError: if the result is of another kind.
         ValueError: if there is no such score.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> from ppl_vae.tasks import detect_anomalies
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> normal, anomalous = torch.randn(50, 5), 10 + torch.randn(30, 5)
+        >>> result = detect_anomalies(model, guide, normal, anomalous, progress=False)
+        >>> ax = plot_anomaly_scores(result, ax=Figure().subplots(), score="log_likelihood")
+        >>> ax.get_xlabel()
+        'minus log p(x), nats'
     """
     check_result(result, AnomalyDetection)
     check_choice("score", score, result.normal)
@@ -129,6 +155,14 @@ def plot_denoising(result: Denoised, ax: "Axes | None" = None) -> "Axes":
     Raises:
         TypeError: if the result is of another kind.
         ValueError: if its data are not images.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> x = torch.rand(4, 1, 8, 8)
+        >>> result = Denoised(x, x.sqrt(), torch.zeros(4, 1, 8, 8), torch.ones(4), num_particles=1)
+        >>> ax = plot_denoising(result, ax=Figure().subplots())
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['noisy', 'denoised']
     """
     check_result(result, Denoised)
     rows = {"noisy": result.noisy, "denoised": result.mean}
@@ -159,6 +193,15 @@ def plot_imputation(result: Imputation, ax: "Axes | None" = None) -> "Axes":
     Raises:
         TypeError: if the result is of another kind.
         ValueError: if its data are not images.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> x, missing = torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8) < 0.3
+        >>> none = torch.zeros(4, 1, 8, 8)
+        >>> result = Imputation(x, missing, x.expand(8, -1, -1, -1, -1), none, none, "importance")
+        >>> ax = plot_imputation(result, ax=Figure().subplots())
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['observed', 'mean', 'draw 1', 'draw 2']
     """
     check_result(result, Imputation)
     observed = torch.where(result.missing, _GREY, result.x)
@@ -185,6 +228,14 @@ def plot_augmentation(result: Augmented, ax: "Axes | None" = None) -> "Axes":
     Raises:
         TypeError: if the result is of another kind.
         ValueError: if its data are not images.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> x, y, source = torch.rand(4, 1, 8, 8), torch.tensor([7, 1, 0, 3]), torch.arange(4)
+        >>> result = Augmented(x.sqrt(), y, source, x, copies=1)
+        >>> ax = plot_augmentation(result, ax=Figure().subplots())
+        >>> [label.get_text() for label in ax.get_xticklabels()]
+        ['7', '1', '0', '3']
     """
     check_result(result, Augmented)
     original = check_images("result.original", result.original[:_MOST], grid=1)
@@ -212,6 +263,13 @@ def plot_latent_arithmetic(result: LatentArithmetic, ax: "Axes | None" = None) -
     Raises:
         TypeError: if the result is of another kind.
         ValueError: if its data are not images.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> result = LatentArithmetic(z=torch.randn(4, 2), x=torch.rand(4, 1, 8, 8))
+        >>> ax = plot_latent_arithmetic(result, ax=Figure().subplots())
+        >>> [label.get_text() for label in ax.get_xticklabels()]
+        ['a', 'b', 'c', 'a − b + c']
     """
     images = check_images("result.x", check_result(result, LatentArithmetic).x, grid=1)
     columns = ["a", "b", "c", "a \N{MINUS SIGN} b + c"]
@@ -233,6 +291,13 @@ def plot_edits(result: Edits, ax: "Axes | None" = None) -> "Axes":
     Raises:
         TypeError: if the result is of another kind.
         ValueError: if its data are not images.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> x, moved, strengths = torch.rand(4, 1, 8, 8), torch.rand(4, 2, 1, 8, 8), torch.tensor([0.0, 1.5])
+        >>> ax = plot_edits(Edits(x, moved, strengths), ax=Figure().subplots())
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['data', '0', '1.5']
     """
     check_result(result, Edits)
     original = check_images("result.original", result.original[:_MOST], grid=1)

@@ -239,6 +239,16 @@ def augmentation_score(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Example:
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 4), MeanFieldGuide(MLP(4), 2)
+        >>> train, test = (Split(torch.randn(40, 4), torch.arange(40) % 2) for _ in range(2))
+        >>> score = augmentation_score(model, guide, train, test, labels=10, repeats=3, progress=False)
+        >>> score.augmented.shape
+        torch.Size([3])
     """
     repeats, seed = check_positive_int("repeats", repeats), check_seed(seed)
     if repeats < 2:

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import trange
+from tqdm import trange
 
 from ppl_vae._checks import check_positive, check_positive_int, check_seed
 from ppl_vae.priors.gaussian_mixture import check_samples

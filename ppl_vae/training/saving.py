@@ -54,6 +54,18 @@ class Run:
         config: the resolved settings.
         path: the run's folder, if it was saved.
         interrupted: whether Ctrl-C ended the training.
+
+    Example:
+        >>> from ppl_vae import fit
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> run = fit(model, guide, torch.randn(100, 5), epochs=2, progress=False)
+        >>> run
+        Run(LinearGaussian, MeanFieldGuide, 2 epochs, best_epoch=2)
+        >>> [record["epoch"] for record in run.history if record["train_elbo"] < 0]
+        [1, 2]
     """
 
     model: Program
@@ -292,8 +304,17 @@ def load_run(
         ValueError: if a file is damaged, names an unknown class, or doesn't fit the model and guide.
 
     Example:
-        >>> run = load_run("runs/digits")  # doctest: +SKIP
-        >>> run.model(None, size=3)  # doctest: +SKIP
+        >>> from tempfile import TemporaryDirectory
+        >>> from ppl_vae import fit
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> with TemporaryDirectory() as runs:
+        ...     run = fit(model, guide, torch.randn(100, 5), epochs=1, output=f"{runs}/pca", progress=False)
+        ...     again = load_run(f"{runs}/pca")
+        >>> again.model(None, size=3).shape
+        torch.Size([3, 5])
     """
     device = check_device(device)
     folder = Path(path)

@@ -307,6 +307,28 @@ def test_guides_that_cannot_be_scored_and_more_dimensions_are_shown_by_kernel_es
     assert float(result.guides["full"].sum() * cell) == pytest.approx(1, abs=0.05)
 
 
+def test_the_density_of_a_flow_whose_inverse_overflows_far_out_is_zero_there() -> None:
+    class Overflowing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with pyro.plate("data", len(x), dim=-1):
+                return pyro.sample("z", Far(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+
+    class Far(dist.Normal):
+        def log_prob(self, value: Tensor) -> Tensor:
+            return torch.where(value.abs() > 3, math.nan, super().log_prob(value))
+
+    model, x = linear()
+    result = posterior_density(model, {"far": Overflowing()}, x, num_particles=500, grid=40)
+    assert result.scored == {"far": True}
+    density = result.guides["far"]
+    assert density.isfinite().all() and (density == 0).any()
+    exact = dist.Normal(0.0, 1.0).log_prob(result.x).exp()
+    inside = result.x.abs() < 3
+    torch.testing.assert_close(
+        density.amax(0)[inside] / density.max(), (exact / exact.max())[inside], atol=0.02, rtol=0
+    )
+
+
 def test_a_density_of_a_guide_with_noise_of_its_own_leaves_the_random_stream_alone() -> None:
     model, x = linear()
 

@@ -102,6 +102,18 @@ def test_mean_and_standard_error_are_over_data() -> None:
     assert str(estimate) == "4.00 +- 1.78"
 
 
+def test_a_difference_of_estimates_is_paired() -> None:
+    generator = torch.Generator().manual_seed(0)
+    common, extra = torch.randn(2, 50, dtype=torch.float64, generator=generator)
+    first, second = Estimate(10 * common + extra, 8, 0.3), Estimate(10 * common, 5, 0.4)
+    found = first - second
+    assert found.mean == pytest.approx(float(extra.mean()))
+    assert found.standard_error == pytest.approx(float(extra.std()) / 50**0.5)
+    assert (found.num_particles, found.monte_carlo_error) == (5, pytest.approx(0.5))
+    with pytest.raises(ValueError, match="other: expected an estimate of the same 50 data, got one of 49"):
+        first - Estimate(common[1:], 5, 0.4)
+
+
 def test_the_summary_is_plain_numbers_and_the_text_says_all() -> None:
     result = evaluate(*linear_pair(), linear_data(), num_particles=3, **QUIET)
     summary = result.summary()

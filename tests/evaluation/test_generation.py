@@ -13,6 +13,9 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from ppl_vae.evaluation.generation import encode, interpolate, reconstruct, sample, traverse
+from ppl_vae.likelihoods import Normal
+from ppl_vae.models import CVAE, GaussianMixtureVAE
+from ppl_vae.priors import StandardNormal
 
 SCALE = 0.1
 GUIDE_SCALE = 1e-6
@@ -130,6 +133,52 @@ def test_samples_are_draws_around_the_likelihoods_mean() -> None:
     expected = weight @ weight.T
     tolerance = 5 * 2 * expected.diagonal().max().item() / 2000**0.5
     torch.testing.assert_close(centred.cov(), expected, atol=tolerance, rtol=0.0)
+
+
+def test_what_is_given_is_held_fixed() -> None:
+    means = 100.0 * torch.eye(3)
+
+    def model(x: Tensor | None, y: Tensor, size: int | None = None) -> Tensor:
+        with pyro.plate("data", size if x is None else len(x), dim=-1):
+            z2 = pyro.sample("z2", dist.Normal(means[y], 1.0).to_event(1))
+            z1 = pyro.sample("z1", dist.Normal(z2, 1e-3).to_event(1))
+            return pyro.sample("x", dist.Normal(z1, 1e-3).to_event(1), obs=x)
+
+    y, z2 = torch.tensor([2, 0, 2, 1]), torch.tensor([[7.0, 8.0, 9.0]]).expand(4, 3)
+    torch.testing.assert_close(sample(model, given={"y": y}).x, means[y], atol=6.0, rtol=0.0)
+    torch.testing.assert_close(sample(model, 4, given={"y": y, "z2": z2}).mean, z2, atol=6e-3, rtol=0.0)
+
+
+def test_labels_and_clusters_of_the_librarys_models_are_held_fixed() -> None:
+    class Read(nn.Module):
+        def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+            return z if y is None else 50.0 * nn.functional.one_hot(y, 3)[..., :2] + 0 * z
+
+    y = torch.arange(3).repeat_interleave(4)
+    conditional = CVAE(StandardNormal(2), Normal(Read(), scale=0.1))
+    clusters = GaussianMixtureVAE(3, 2, Normal(Read(), scale=0.1))
+    with torch.no_grad():
+        clusters.loc.copy_(50 * torch.eye(3)[:, :2])
+    for model in (conditional, clusters):
+        found = sample(model, given={"y": y})
+        torch.testing.assert_close(found.mean, 50 * torch.eye(3)[y, :2], atol=6.0, rtol=0.0)
+        assert found.x.shape == (12, 2)
+
+
+def test_wrong_things_given_are_named() -> None:
+    model = plain_model(nn.Linear(2, 4))
+    raises(ValueError, "^size: expected a number of data where nothing is given, got None", sample, model)
+    for fixed, kind, message in (
+        ({"z": [1.0]}, TypeError, r"^given\['z'\]: expected a tensor, got list"),
+        ({"z": torch.zeros(())}, ValueError, r"^given\['z'\]: expected a value for each datum.*scalar"),
+        ({"z": torch.zeros(3, 5)}, ValueError, r"^given\['z'\]: expected \[n, 2\], got \[3, 5\]"),
+        ({"zz": torch.zeros(3, 2)}, ValueError, r"^given: unknown 'zz' \(did you mean 'z'\?\)"),
+        ({"x": torch.zeros(3, 4)}, ValueError, "^given: "),
+    ):
+        raises(kind, message, sample, model, given=fixed)
+    raises(
+        ValueError, r"^given\['z'\]: expected 4 data, got 3", sample, model, 4, given={"z": torch.zeros(3, 2)}
+    )
 
 
 def test_reconstruction_decodes_the_guides_draw() -> None:

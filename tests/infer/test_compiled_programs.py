@@ -145,6 +145,30 @@ def test_state_that_a_run_sets_anew_is_not_frozen(kind: type[nn.Module]) -> None
         assert_alike(kind)
 
 
+def test_the_warning_names_the_line_in_a_cell_and_leaves_out_what_pyro_adds() -> None:
+    source = (
+        "def model(x):\n"
+        "    with pyro.plate('data', len(x), dim=-1):\n"
+        "        z = pyro.sample('z', dist.Normal(0.0, 1.0))\n"
+        "        scale = 1.0 if z.mean() > 0 else 2.0\n"
+        "        pyro.sample('x', dist.Normal(z, scale), obs=x)\n"
+    )
+    names: dict[str, Any] = {"pyro": pyro, "dist": dist}
+    exec(compile(source, "/tmp/ipykernel_12/34.py", "exec"), names)
+
+    head = nn.Linear(1, 1)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("head", head)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(head(x.unsqueeze(-1)).squeeze(-1), 1.0))
+
+    svi = CompiledSVI(names["model"], guide, torch.optim.Adam, Trace_ELBO())
+    with pytest.warns(UserWarning, match=r"can't trace cell:4 .*steps are those of SVI$") as warned:
+        svi.step(torch.zeros(3))
+    assert "Trace Shapes" not in str(warned[0].message)
+
+
 class Noting(Decoder):
     def forward(self, z: Tensor) -> Tensor:
         self.flag = z.shape[-2]

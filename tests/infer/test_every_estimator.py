@@ -22,7 +22,7 @@ def bits(n: int = 6) -> Tensor:
 def test_no_estimator_is_missing_here() -> None:
     public = {name: getattr(infer, name) for name in infer.__all__}
     found = {name for name, made in public.items() if inspect.isclass(made) and issubclass(made, ELBO)}
-    assert found == set(ESTIMATORS)
+    assert found - {"Estimator"} == set(ESTIMATORS)  # that is their base
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -43,6 +43,16 @@ class BetaTC_ELBO(Estimator):
         ValueError: on a run, if there is no such site, it is masked, its distribution in the guide has no
             known marginals (it neither factorises nor is a multivariate normal), or the batch is larger than
             ``size``.
+
+    Example:
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> elbo = BetaTC_ELBO(size=1000, beta=6.0)
+        >>> loss = elbo.loss(model, guide, model(None, size=50))
+        >>> list(elbo.parts)
+        ['mutual_information', 'total_correlation', 'dimension_kl']
     """
 
     def __init__(

@@ -24,6 +24,14 @@ class CIWAE(Estimator):
 
     Raises:
         ValueError: if ``beta`` is not in [0, 1]. On a run, if a site of the guide is not reparameterised.
+
+    Example:
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> CIWAE(num_particles=16, beta=0.2).loss(model, guide, model(None, size=3)).shape
+        torch.Size([])
     """
 
     def __init__(

@@ -34,6 +34,14 @@ class CUBO(Estimator):
     Raises:
         ValueError: if ``order`` is not above 1. On a run, if a site of the guide is not
             reparameterised, the model runs batch norm in training mode.
+
+    Example:
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> CUBO(num_particles=100).loss(model, guide, model(None, size=3)).shape
+        torch.Size([])
     """
 
     weighs_draws = True

@@ -32,6 +32,17 @@ class DIP_ELBO(Estimator):
     Raises:
         ValueError: on a run, if there is no such site, it is masked, its distribution in the guide has no
             known mean and covariance, or the batch has less than two data.
+
+    Example:
+        >>> from ppl_vae import fit
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> x = model(None, size=100)
+        >>> run = fit(model, guide, x, elbo=DIP_ELBO(10.0), epochs=1, progress=False)
+        >>> len(run.history)
+        1
     """
 
     def __init__(

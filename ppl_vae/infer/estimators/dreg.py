@@ -36,6 +36,17 @@ class DReG(Estimator):
         ValueError: if ``alpha`` is not finite. On a run, if a site of the guide is not
             reparameterised, the model runs batch norm in training mode, or the programs weigh sites
             differently.
+
+    Example:
+        >>> from ppl_vae import fit
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> x = model(None, size=100)
+        >>> run = fit(model, guide, x, elbo=DReG(16), epochs=1, progress=False)
+        >>> len(run.history)
+        1
     """
 
     gradient: Gradient = "path"

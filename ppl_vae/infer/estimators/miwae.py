@@ -26,6 +26,14 @@ class MIWAE(Estimator):
 
     Raises:
         ValueError: if M does not divide K. On a run, if a site of the guide is not reparameterised.
+
+    Example:
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> MIWAE(num_particles=16, num_groups=4).loss(model, guide, model(None, size=3)).shape
+        torch.Size([])
     """
 
     def __init__(

@@ -31,6 +31,17 @@ class PIWAE(Estimator):
     Raises:
         ValueError: if M does not divide K. On a run, if a site of the guide is not
             reparameterised, the model runs batch norm in training mode.
+
+    Example:
+        >>> from ppl_vae import fit
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> x = model(None, size=100)
+        >>> run = fit(model, guide, x, elbo=PIWAE(16, num_groups=4), epochs=1, progress=False)
+        >>> len(run.history)
+        1
     """
 
     weighs_draws = True

@@ -31,6 +31,22 @@ class RelaxedELBO(Estimator):
 
     Raises:
         ValueError: on a run, if a discrete site is neither ``OneHotCategorical`` nor ``Bernoulli``.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> encoder, decoder = torch.nn.Linear(5, 3), torch.nn.Linear(3, 5)
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x), dim=-1):
+        ...         z = pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)).to_event(1))
+        ...         pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x), dim=-1):
+        ...         pyro.sample("z", dist.Bernoulli(logits=encoder(x)).to_event(1))
+        >>> RelaxedELBO(temperature=0.5).differentiable_loss(model, guide, torch.randn(4, 5)).backward()
+        >>> encoder.weight.grad.shape
+        torch.Size([3, 5])
     """
 
     def __init__(

@@ -27,6 +27,14 @@ class Renyi(Estimator):
 
     Raises:
         ValueError: if ``alpha`` is NaN. On a run, if a site of the guide is not reparameterised.
+
+    Example:
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> Renyi(num_particles=10, alpha=0.5).loss(model, guide, model(None, size=3)).shape
+        torch.Size([])
     """
 
     def __init__(

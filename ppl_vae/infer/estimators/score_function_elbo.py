@@ -25,6 +25,16 @@ class ScoreFunctionELBO(Estimator):
 
     Raises:
         ValueError: on a run, if a site needs a baseline and K is 1.
+
+    Example:
+        >>> from ppl_vae.guides import GaussianMixtureGuide
+        >>> from ppl_vae.likelihoods import Bernoulli
+        >>> from ppl_vae.models import GaussianMixtureVAE
+        >>> from ppl_vae.networks import MLP
+        >>> model = GaussianMixtureVAE(3, 2, Bernoulli(MLP(2, 8)))
+        >>> guide = GaussianMixtureGuide(MLP(8), 2, components=3)
+        >>> ScoreFunctionELBO(num_particles=8).loss(model, guide, model(None, size=4)).shape
+        torch.Size([])
     """
 
     score_function = True

@@ -25,6 +25,17 @@ class STL_ELBO(Estimator):
 
     Raises:
         ValueError: on a run, if a site of the guide is not reparameterised.
+
+    Example:
+        >>> from ppl_vae import fit
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> x = model(None, size=100)
+        >>> run = fit(model, guide, x, elbo=STL_ELBO(), epochs=1, progress=False)
+        >>> len(run.history)
+        1
     """
 
     gradient: Gradient = "path"

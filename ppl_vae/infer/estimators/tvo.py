@@ -35,6 +35,14 @@ class TVO(Estimator):
     Raises:
         ValueError: if ``smallest`` is not in (0, 1), or ``num_particles`` is 1 and a site is not
             reparameterised.
+
+    Example:
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> TVO(num_particles=20, num_partitions=5).loss(model, guide, model(None, size=3)).shape
+        torch.Size([])
     """
 
     score_function = True

@@ -40,6 +40,17 @@ class WakeSleep(Estimator):
         ValueError: if ``sleep`` is not in [0, 1], or 1 with ``dreg``. On a run, for sleep-phi, if the
             model can't be called as ``model(None, size=n)``; for a guide whose
             gradients go through the model, such as ``LadderGuide``, so that its phases would train it.
+
+    Example:
+        >>> from ppl_vae import fit
+        >>> from ppl_vae.guides import MeanFieldGuide
+        >>> from ppl_vae.models import LinearGaussian
+        >>> from ppl_vae.networks import MLP
+        >>> model, guide = LinearGaussian(2, 5), MeanFieldGuide(MLP(5), 2)
+        >>> x = model(None, size=100)
+        >>> run = fit(model, guide, x, elbo=WakeSleep(5, sleep=0.5), epochs=1, progress=False)
+        >>> len(run.history)
+        1
     """
 
     def __init__(self, num_particles: int = 5, *, sleep: float = 0.0, dreg: bool = False) -> None:
