@@ -19,11 +19,7 @@ log = get_plugin_logger("site_hooks")
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"\]\(\.\./((?:benchmarks|ppl_vae|tests)/[^)#]+)\)")
 MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-VERBATIM = re.compile(
-    "(" + "|".join(rf"<{tag}\b.*?</{tag}>" for tag in ("pre", "code", "script", "style", "svg")) + ")",
-    re.DOTALL,
-)
-DOLLARS = re.compile(r"(\$\$?)([^$]+)\1")
+PAGE = re.compile(r'href="((?:\.\./)?)(?:docs/)?([\w/]+)\.(?:md|ipynb)\b')  # as notebooks link
 REST = r"(?:(?!</script>).)*"
 FETCHES = re.compile(rf"<script\b[^>]*>{REST}(?:mermaid|MathJax){REST}</script>", re.DOTALL)
 TABLE = re.compile(r"^( *)(==+)( +)==+\n(.*?)^ *==+ +==+$", re.MULTILINE | re.DOTALL)
@@ -43,25 +39,6 @@ def public_names() -> list[str]:
 PATHS = {path.rpartition(".")[2]: path for path in public_names()}
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the files of a folder where the navigation has a pattern."""
-
-    def expand(items: list[Any]) -> list[Any]:
-        found: list[Any] = []
-        for item in items:
-            if isinstance(item, dict):
-                found.append({k: expand(v) if isinstance(v, list) else v for k, v in item.items()})
-            elif "*" in item:
-                docs = Path(config.docs_dir)
-                found += sorted(path.relative_to(docs).as_posix() for path in docs.glob(item))
-            else:
-                found.append(item)
-        return found
-
-    config.nav = expand(config.nav)
-    return config
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Copy into the site what pages link to outside of docs: records of benchmarks, sources."""
     for page in files.documentation_pages():
@@ -78,20 +55,14 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(content: str, page: Page, **_: Any) -> str:
-    """Turn TeX into MathML, which browsers draw by themselves; leave out scripts that would be fetched."""
+    """Turn TeX into MathML, which browsers draw by themselves; mend notebooks' links, drop their scripts."""
 
     def mathml(match: re.Match[str]) -> str:
         tex = re.sub(r"\\(log|exp|tanh|sin|cos)\s+(?![({\s])", r"\\\1\\, ", html.unescape(match[3]))
         return convert(tex, display="inline" if match[2] == "(" else "block")
 
-    def marked(match: re.Match[str]) -> str:
-        start, end = "()" if match[1] == "$" else "[]"
-        return f'<span class="arithmatex">\\{start}{match[2]}\\{end}</span>'
-
     if page.file.src_uri.endswith(".ipynb"):
-        parts = VERBATIM.split(content)
-        parts[::2] = [DOLLARS.sub(marked, part) for part in parts[::2]]
-        content = FETCHES.sub("", "".join(parts))
+        content = PAGE.sub(r'href="\1\2.html', FETCHES.sub("", content))
     return MATH.sub(mathml, content)
 
 
@@ -152,5 +123,6 @@ def _table(match: re.Match[str]) -> str:
             rows.append([line[start:end].strip(), line[end:].strip()])
         else:
             rows[-1][1] += f" {line.strip()}"
-    lines = ["| | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in rows)]
+    cells = [(name, re.sub(r"(?<!\\)[|]", r"\|", text)) for name, text in rows]
+    lines = ["| | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in cells)]
     return "\n".join(match[1] + line for line in lines)

@@ -25,7 +25,8 @@ class DReG(Estimator):
     sites, or one that holds networks in its distributions (a flow), is run twice.
 
     References:
-        Doubly Reparameterized Gradient Estimators (Tucker et al., 2019), arXiv:1810.04152
+        Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al., 2019),
+        arXiv:1810.04152
 
     Args:
         num_particles: K, the number of draws per datum.
