@@ -97,6 +97,9 @@ class Estimator(ELBO):
         )
         self.check(scores)
         objective = self.objective(scores, self.at_step(self.kl_weight))
+        if objective.shape != scores.reconstruction.shape[1:]:
+            name, n = type(self).__name__, list(scores.reconstruction.shape[1:])
+            raise ValueError(f"{name}.objective: expected a value per datum, {n}, got {list(objective.shape)}")
         with contextlib.suppress(RuntimeError):  # torch.func lets nothing be counted
             if torch.is_grad_enabled():
                 self.step += 1

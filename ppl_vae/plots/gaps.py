@@ -77,7 +77,7 @@ def plot_gaps(result: InferenceGaps, ax: "Axes | None" = None) -> "Axes":
         ax.axhline(total, color="black", linestyle="--", linewidth=0.8, alpha=0.7)
     ax.axhline(0.0, color="black", linewidth=0.8)
     ax.set_xlim(0.5, n + 0.5)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.margins(y=0.05)
     ax.set_xlabel("datum, by its inference gap")
     ax.set_ylabel("nats")

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+from typing import Any
 
 import pyro
 import pytest
@@ -12,7 +13,8 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from ppl_vae import fit, infer
-from ppl_vae.infer import SVI, Objective
+from ppl_vae.infer import SVI, CompiledSVI, Estimator, Objective, log_weights, tracing
+from ppl_vae.infer.scoring import Scores
 
 
 def bits(n: int = 6) -> Tensor:
@@ -119,3 +121,35 @@ def test_torch_func_takes_the_same_gradient(name: str) -> None:
     objective.loss_and_grads(x)
     for k, p in objective.named_parameters():
         torch.testing.assert_close(found[k], p.grad)
+
+
+class Median(Estimator):
+    def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
+        return scores.log_weights(kl_weight).median(0).values
+
+
+@pytest.mark.parametrize("engine", [SVI, CompiledSVI])
+def test_an_estimator_of_ones_own_is_what_its_objective_says(
+    engine: type[SVI], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "compile_graph", lambda graph, inputs: graph)
+    model, guide, _ = PAIRS["VAE"]()
+    x, svi = bits(), engine(model, guide, torch.optim.Adam, Median(5))
+    pyro.set_rng_seed(1)
+    loss = svi.evaluate_loss(x)
+    pyro.set_rng_seed(1)
+    expected = log_weights(model, guide, x, num_particles=5).detach().median(0).values.sum()
+    assert float(loss) == pytest.approx(-float(expected), rel=1e-10)
+    svi.step(x)
+    assert float(svi.evaluate_loss(x)) != float(loss)
+
+
+def test_an_objective_that_is_no_value_per_datum_is_named() -> None:
+    class AllDraws(Estimator):
+        def objective(self, scores: Scores, kl_weight: Any) -> Tensor:
+            return scores.log_weights(kl_weight)
+
+    model, guide, _ = PAIRS["VAE"]()
+    message = r"AllDraws\.objective: expected a value per datum, \[6\], got \[3, 6\]"
+    with pytest.raises(ValueError, match=message):
+        AllDraws(3).loss(model, guide, bits())
