@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pkgutil
 import re
 import subprocess
 from pathlib import Path
@@ -98,8 +99,10 @@ def test_notebook_uses_public_names_alone(path: Path) -> None:
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ppl_vae":
                 module = importlib.import_module(str(node.module))
-                packages = {name for name in dir(module) if hasattr(getattr(module, name), "__all__")}
-                assert {alias.name for alias in node.names} <= packages | {*module.__all__}, node.module
+                packages = {found.name for found in pkgutil.iter_modules(getattr(module, "__path__", []))}
+                names = {alias.name for alias in node.names}
+                assert names <= packages | {*module.__all__}, node.module
+                assert not any(name.startswith("_") for name in names)
             if isinstance(node, ast.Import):
                 assert all(not alias.name.startswith("ppl_vae.") for alias in node.names)
             if isinstance(node, ast.Attribute):
