@@ -98,8 +98,9 @@ class Estimator(ELBO):
         self.check(scores)
         objective = self.objective(scores, self.at_step(self.kl_weight))
         if objective.shape != scores.reconstruction.shape[1:]:
-            name, n = type(self).__name__, list(scores.reconstruction.shape[1:])
-            raise ValueError(f"{name}.objective: expected a value per datum, {n}, got {list(objective.shape)}")
+            expected = f"a value per datum, {list(scores.reconstruction.shape[1:])}"
+            got = list(objective.shape)
+            raise ValueError(f"{type(self).__name__}.objective: expected {expected}, got {got}")
         with contextlib.suppress(RuntimeError):  # torch.func lets nothing be counted
             if torch.is_grad_enabled():
                 self.step += 1
