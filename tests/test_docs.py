@@ -39,7 +39,7 @@ NAVIGATION = entries(SITE["nav"])
 
 
 def slugs(path: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub and the site write them."""
+    """Return the anchors of a page's headings, as the site writes them."""
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.+?)(?: \{.*\})?$", text, re.MULTILINE)
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}

@@ -183,7 +183,7 @@ class Latents:
         if missing := sorted(self.shapes.keys() - sites.keys()):
             raise ValueError(f"guide: lacks the model's latent sites {missing}; it has {sorted(sites)}")
         try:
-            log_q = sum(per_datum_log_prob(name, site) for name, site in sites.items())
+            log_q = sum(_log_prob(name, site) for name, site in sites.items())
         except (KeyError, NotImplementedError) as error:
             raise ValueError(
                 f"guide: sites {sorted(sites)}: expected distributions that can score a value which they "
@@ -341,6 +341,17 @@ def _is_real(support: Any) -> bool:
     while isinstance(support, torch.distributions.constraints.independent):
         support = support.base_constraint
     return support is torch.distributions.constraints.real
+
+
+def _log_prob(name: str, site: Site) -> Tensor:
+    """Return a site's log-probability per datum, -inf outside its support whether torch validates or not."""
+    log_prob, value = per_datum_log_prob(name, site), site["value"]
+    try:
+        inside = site["fn"].support.check(value)
+    except NotImplementedError:  # a distribution without a stated support
+        return log_prob
+    inside = inside.reshape(*value.shape[: log_prob.dim()], -1).all(-1)
+    return torch.where(inside, log_prob, -math.inf)
 
 
 def _log_jacobian(transform: Any, u: Tensor, value: Tensor) -> Any:

@@ -53,7 +53,8 @@ class Estimate:
     def __sub__(self, other: "Estimate") -> "Estimate":
         """The difference on the same data, whose standard error is that of paired values.
 
-        Its ``num_particles`` is the smaller one of the two.
+        Its ``num_particles`` is the smaller one of the two, and its ``monte_carlo_error`` that of independent
+        draws: where the two share theirs, it is another.
 
         Raises:
             ValueError: if the numbers of data differ.
@@ -63,6 +64,8 @@ class Estimate:
             >>> print(Estimate(values[0], 10, 0.0) - Estimate(values[1], 10, 0.0))
             1.33 +- 0.33
         """
+        if not isinstance(other, Estimate):
+            return NotImplemented
         if len(self.values) != len(other.values):
             expected = f"expected an estimate of the same {len(self.values)} data"
             raise ValueError(f"other: {expected}, got one of {len(other.values)}")

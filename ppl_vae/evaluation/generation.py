@@ -13,7 +13,17 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ppl_vae._checks import check_choice, check_positive_int
-from ppl_vae.infer.running import Program, Site, evaluating, latent_sites, observed_sites, without_table
+from ppl_vae.infer.placing import place
+from ppl_vae.infer.running import (
+    Program,
+    Site,
+    check_support,
+    data_plate,
+    evaluating,
+    latent_sites,
+    observed_sites,
+    without_table,
+)
 
 _DRAWS = "give it a keyword `size=None` and draw size data where the batch is None"
 
@@ -105,7 +115,8 @@ def sample(model: Program, size: int | None = None, *, given: Mapping[str, Tenso
         TypeError: if the model can't be called as ``model(None, size=size)``, or something else than a
             tensor is given.
         ValueError: if the model has no site "x" or draws another number of data, neither a size nor a
-            tensor is given, what is given has no argument or latent site of its name, or another shape.
+            tensor is given, or what is given has no argument or latent site of the data plate of its name,
+            another shape than its site, or values outside the site's support.
 
     Example:
         >>> from ppl_vae.models import LinearGaussian
@@ -117,26 +128,21 @@ def sample(model: Program, size: int | None = None, *, given: Mapping[str, Tenso
     """
     fixed, size = _check_given(given, size)
     with evaluating(model):
-        where = (
-            next(iter(model.parameters()), torch.empty(0)).device if isinstance(model, nn.Module) else None
-        )
-        fixed = {name: value.to(where) for name, value in fixed.items()}
-        arguments = {name: value for name, value in fixed.items() if name in _parameters(model)}
+        own = inspect.unwrap(model)  # of Pyro's handlers
+        if isinstance(own, nn.Module):
+            device = place(None, own)
+            fixed = {name: value.to(device) for name, value in fixed.items()}
+        arguments = {name: value for name, value in fixed.items() if name in _arguments(own)}
         sites = {name: value for name, value in fixed.items() if name not in arguments}
         if sites:  # conditioning on a site that the model lacks does nothing
             one = {name: value[:1] for name, value in arguments.items()}
             latents = latent_sites(prior_trace(model, 1, arguments=one))
             latents.pop("x", None)
-            for name, value in sites.items():
-                check_choice("given", name, latents)
-                expected = latents[name]["value"].shape[1:]
-                if value.shape[1:] != expected:
-                    raise ValueError(
-                        f"given[{name!r}]: expected {['n', *expected]}, got {list(value.shape)}".replace(
-                            "'n'", "n"
-                        )
-                    )
+            sites = {name: _check_site(name, value, latents) for name, value in sites.items()}
         trace = prior_trace(model, size, sites, arguments)
+        for name, site in observed_sites(trace).items():
+            if name not in sites:
+                check_support("given", name, site["fn"], site["value"])
         drawn = named_site(trace, "x", "model")["value"]
         try:
             mean = likelihood_mean(trace).cpu()
@@ -145,8 +151,23 @@ def sample(model: Program, size: int | None = None, *, given: Mapping[str, Tenso
     return Samples(drawn.cpu(), mean)
 
 
+def _check_site(name: str, value: Tensor, latents: Mapping[str, Site]) -> Tensor:
+    """Return the values given for a latent site, in its dtype, or raise if it can't have them."""
+    check_choice("given", name, latents)
+    site = latents[name]
+    data_plate(name, site)
+    event = site["value"].shape[1:]
+    if value.shape[1:] != event:
+        wanted = ", ".join(["n", *map(str, event)])
+        raise ValueError(f"given[{name!r}]: expected [{wanted}], got {list(value.shape)}")
+    check_support(f"given[{name!r}]", name, site["fn"], value)
+    return value.to(site["value"].dtype)
+
+
 def _check_given(given: Mapping[str, Tensor] | None, size: int | None) -> tuple[dict[str, Tensor], int]:
     """Return what is given and the number of data to draw, or raise if they don't agree."""
+    if not isinstance(given, Mapping | None):
+        raise TypeError(f"given: expected a dictionary of tensors by name, got {type(given).__name__}")
     fixed = dict(given or {})
     for name, value in fixed.items():
         if not isinstance(value, Tensor):
@@ -342,7 +363,7 @@ def prior_trace(
     keywords = dict(arguments or {}) | {"size": size}
     call = f"model(None, {''.join(f'{name}={name}, ' for name in arguments or {})}size={size})"
     try:
-        inspect.signature(_run(model)).bind(None, **keywords)
+        _signature(inspect.unwrap(model)).bind(None, **keywords)
     except TypeError:
         raise TypeError(f"model: can't be called as {call}; {_DRAWS}") from None
     except ValueError:  # a callable without a signature
@@ -351,26 +372,31 @@ def prior_trace(
     try:
         trace = poutine.trace(program).get_trace(None, **keywords)
     except (AttributeError, TypeError) as error:
+        if "NoneType" not in str(error):  # an error of the model's own
+            raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise TypeError(f"model: {call} failed ({reason}); {_DRAWS}") from error
     except (ValueError, RuntimeError) as error:
         raise without_table(error) from None
-    drawn = named_site(trace, "x", "model")["value"]
-    if drawn.ndim == 0 or len(drawn) != size:
+    site = named_site(trace, "x", "model")
+    drawn = site["value"]
+    if drawn.shape[: drawn.ndim - site["fn"].event_dim] != (size,):
         raise ValueError(f"model: expected {call} to draw {size} data, got {_shape(drawn)}")
     return trace
 
 
-def _run(model: Program) -> Any:
-    return model.forward if isinstance(model, nn.Module) else model
+def _signature(model: Program) -> inspect.Signature:
+    return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
 
 
-def _parameters(model: Program) -> Collection[str]:
+def _arguments(model: Program) -> Collection[str]:
     """Return the names of a program's arguments beside the data and the size."""
     try:
-        return set(list(inspect.signature(_run(model)).parameters)[1:]) - {"size"}
+        parameters = list(_signature(model).parameters.values())[1:]
     except ValueError:  # a callable without a signature
         return ()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named - {"size"}
 
 
 def prior_site(model: Program, z: Tensor) -> Site:

@@ -690,9 +690,12 @@ def _scored(latents: Latents, guide: Program, u: Tensor) -> Tensor | None:
     """
     try:
         with pyro.validation_enabled(False):
-            return latents.log_guide(guide, u).double().exp().nan_to_num(nan=0.0)
+            log_density = latents.log_guide(guide, u).double()
     except (ValueError, NotImplementedError, KeyError):
         return None
+    if log_density.isnan().all() or (log_density == math.inf).any():
+        return None
+    return log_density.nan_to_num(nan=-math.inf).exp()
 
 
 def _kernel_density(draws: Tensor, points: Tensor) -> Tensor:

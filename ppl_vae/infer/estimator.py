@@ -35,7 +35,8 @@ class Estimator(ELBO):
         terms: the parts of the true ELBO at the last call, ``[num_particles, n]``; None before.
 
     Raises:
-        TypeError, ValueError: if ``num_particles`` is not a whole number above 0 or a weight below 0.
+        TypeError, ValueError: if ``num_particles`` is not a whole number above 0 or a weight below 0; on a
+            run, if ``objective`` returns something else than a value per datum.
 
     Example:
         One of one's own, the median of the log weights in the place of their mean:
@@ -97,9 +98,10 @@ class Estimator(ELBO):
         )
         self.check(scores)
         objective = self.objective(scores, self.at_step(self.kl_weight))
-        if objective.shape != scores.reconstruction.shape[1:]:
+        shape = getattr(objective, "shape", None)
+        if shape != scores.reconstruction.shape[1:]:
             expected = f"a value per datum, {list(scores.reconstruction.shape[1:])}"
-            got = list(objective.shape)
+            got = type(objective).__name__ if shape is None else list(shape)
             raise ValueError(f"{type(self).__name__}.objective: expected {expected}, got {got}")
         with contextlib.suppress(RuntimeError):  # torch.func lets nothing be counted
             if torch.is_grad_enabled():

@@ -91,7 +91,7 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
     before = Distribution._validate_args  # compiling switches it off
     extensions = logging.getLogger("torch.utils.cpp_extension")  # notes a toolkit of CUDA without a GPU
     level = extensions.level
-    extensions.setLevel(logging.ERROR)
+    extensions.setLevel(max(level, logging.ERROR))
     try:
         with torch.no_grad():
             return torch._inductor.compile(graph, list(inputs), {"fallback_random": True})
@@ -101,7 +101,7 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
 
 
 def line_of(error: Exception, skip: Collection[str] = ()) -> str:
-    """Return the line of the user's, or the library's, that an error came from; of a notebook's cell too.
+    """Return the line of the user's, or the library's, that an error came from; `cell:4` in a notebook.
 
     Args:
         error: one that was caught.

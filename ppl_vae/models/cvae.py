@@ -67,7 +67,7 @@ class CVAE(Program):
         if y is None:
             raise ValueError(
                 "y: expected the labels, or another tensor, that the model is conditioned on, got None; "
-                "draw data as `model(None, y)`"
+                "draw data as `model(None, y)` or `sample(model, given={'y': y})`"
             )
         for name, n in (("x", None if x is None else x.shape[0]), ("size", size)):
             if n not in (None, y.shape[0]):

@@ -76,7 +76,7 @@ def plot_collapse(result: CollapseReport, ax: "Axes | None" = None) -> "Axes":
     ax.margins(0.08)
     ax.set_xlabel(f"variance of the posterior mean over {result.num_data} data")
     ax.set_ylabel("KL (nats per datum)" if column == "kl" else "posterior standard deviation")
-    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]), auto=None)
     ax.set_title(f"{len(active)} of {len(table)} dimensions active", fontsize="medium")
     ax.legend(frameon=False, fontsize="small")
     return ax

@@ -45,6 +45,8 @@ def plot_gaps(result: InferenceGaps, ax: "Axes | None" = None) -> "Axes":
         >>> ax.get_ylabel()
         'nats'
     """
+    from matplotlib.ticker import MaxNLocator
+
     check_result(result, InferenceGaps)
     values = torch.stack([getattr(result, name).values.double().cpu() for name, _, _ in _PARTS])
     if not bool(values.isfinite().all()):
@@ -77,7 +79,7 @@ def plot_gaps(result: InferenceGaps, ax: "Axes | None" = None) -> "Axes":
         ax.axhline(total, color="black", linestyle="--", linewidth=0.8, alpha=0.7)
     ax.axhline(0.0, color="black", linewidth=0.8)
     ax.set_xlim(0.5, n + 0.5)
-    ax.locator_params(axis="x", integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.margins(y=0.05)
     ax.set_xlabel("datum, by its inference gap")
     ax.set_ylabel("nats")

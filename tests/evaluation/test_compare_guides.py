@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import Rows, function_pair
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.utils.data import DataLoader
 
 from ppl_vae import evaluate
@@ -307,26 +308,68 @@ def test_guides_that_cannot_be_scored_and_more_dimensions_are_shown_by_kernel_es
     assert float(result.guides["full"].sum() * cell) == pytest.approx(1, abs=0.05)
 
 
-def test_the_density_of_a_flow_whose_inverse_overflows_far_out_is_zero_there() -> None:
-    class Overflowing(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            with pyro.plate("data", len(x), dim=-1):
-                return pyro.sample("z", Far(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+class Overflowing(torch.distributions.transforms.ExpTransform):
+    """The identity, whose inverse overflows beyond 3."""
 
-    class Far(dist.Normal):
-        def log_prob(self, value: Tensor) -> Tensor:
-            return torch.where(value.abs() > 3, math.nan, super().log_prob(value))
+    domain = codomain = constraints.real
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return torch.where(y.abs() > 3, math.nan, y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(y)
+
+
+class Scoring(dist.Normal):
+    """A standard normal of another log density."""
+
+    def __init__(self, log_density: float) -> None:
+        super().__init__(torch.zeros(2, dtype=torch.float64), 1.0)
+        self.log_density = log_density
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.full_like(value, self.log_density)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> dist.Normal:
+        new = self._get_checked_instance(Scoring, _instance)
+        new.log_density = self.log_density
+        return super().expand(batch_shape, new)
+
+
+def density_of(fn: dist.TorchDistribution) -> tuple[bool, Tensor, Any]:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", fn.to_event(1))
 
     model, x = linear()
-    result = posterior_density(model, {"far": Overflowing()}, x, num_particles=500, grid=40)
-    assert result.scored == {"far": True}
-    density = result.guides["far"]
-    assert density.isfinite().all() and (density == 0).any()
-    exact = dist.Normal(0.0, 1.0).log_prob(result.x).exp()
-    inside = result.x.abs() < 3
-    torch.testing.assert_close(
-        density.amax(0)[inside] / density.max(), (exact / exact.max())[inside], atol=0.02, rtol=0
-    )
+    result = posterior_density(model, {"guide": guide}, x, num_particles=500, grid=40)
+    return result.scored["guide"], result.guides["guide"], result
+
+
+def test_the_density_of_a_flow_whose_inverse_overflows_far_out_is_zero_there() -> None:
+    base = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.5)
+    scored, density, result = density_of(dist.TransformedDistribution(base, Overflowing(cache_size=1)))
+    assert scored and density.isfinite().all()
+    far = torch.maximum(result.x.abs().unsqueeze(0), result.y.abs().unsqueeze(1)) > 3
+    exact = (base.log_prob(result.x[:, None])[:, 0] + base.log_prob(result.y[:, None])[:, :1]).exp()
+    torch.testing.assert_close(density, torch.where(far, 0.0, exact), atol=1e-10, rtol=1e-8)
+    assert far.any() and not far.all()
+
+
+def test_a_density_is_zero_outside_the_guides_support() -> None:
+    scored, density, result = density_of(dist.Exponential(torch.ones(2, dtype=torch.float64)))
+    inside = (result.x.unsqueeze(0) >= 0) & (result.y.unsqueeze(1) >= 0)
+    assert scored and (density[~inside] == 0).all() and (density[inside] > 0).all() and not inside.all()
+    assert float(density.max()) <= 1
+
+
+@pytest.mark.parametrize("log_density", [math.nan, math.inf])
+def test_what_is_no_density_is_shown_by_a_kernel_estimate(log_density: float) -> None:
+    scored, density, _ = density_of(Scoring(log_density))
+    assert not scored and density.isfinite().all() and (density > 0).any()
 
 
 def test_a_density_of_a_guide_with_noise_of_its_own_leaves_the_random_stream_alone() -> None:

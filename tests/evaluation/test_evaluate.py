@@ -112,6 +112,8 @@ def test_a_difference_of_estimates_is_paired() -> None:
     assert (found.num_particles, found.monte_carlo_error) == (5, pytest.approx(0.5))
     with pytest.raises(ValueError, match="other: expected an estimate of the same 50 data, got one of 49"):
         first - Estimate(common[1:], 5, 0.4)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        first - 3
 
 
 def test_the_summary_is_plain_numbers_and_the_text_says_all() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ppl_vae.evaluation.generation import encode, interpolate, reconstruct, sample, traverse
 from ppl_vae.likelihoods import Normal
-from ppl_vae.models import CVAE, GaussianMixtureVAE
-from ppl_vae.priors import StandardNormal
+from ppl_vae.models import CVAE, VAE, GaussianMixtureVAE, SemiSupervisedVAE
+from ppl_vae.networks import MLP
+from ppl_vae.priors import StandardNormal, UniformSphere
 
 SCALE = 0.1
 GUIDE_SCALE = 1e-6
@@ -30,7 +31,7 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def raises(kind: type[Exception], match: str, call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+def raises(kind: Any, match: str, call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
     """Check that a call raises an error of one line."""
     with pytest.raises(kind, match=match) as info:
         call(*args, **kwargs)
@@ -165,8 +166,41 @@ def test_labels_and_clusters_of_the_librarys_models_are_held_fixed() -> None:
         assert found.x.shape == (12, 2)
 
 
+def test_what_is_given_takes_the_models_dtype_and_goes_through_handlers() -> None:
+    model = CVAE(StandardNormal(2), Normal(MLP(2, 4, context=3), scale=0.1))
+    y, z = torch.tensor([2, 0]), torch.tensor([[1, 2], [3, 4]])
+    results = []
+    for program in (model, pyro.poutine.scale(model, scale=2.0)):
+        results.append(sample(program, given={"y": y, "z": z}).mean)
+        torch.testing.assert_close(results[-1], results[0])
+    torch.testing.assert_close(results[0], model.likelihood(z.float(), y).mean.detach())
+
+
+def test_values_that_a_site_cannot_have_are_named() -> None:
+    labels = SemiSupervisedVAE(StandardNormal(2), Normal(MLP(2, 4, context=3)), 3)
+    clusters = GaussianMixtureVAE(3, 2, Normal(MLP(2, 4)))
+    sphere = VAE(UniformSphere(3), Normal(MLP(3, 4)))
+    for model, given_, message in (
+        (labels, {"y": torch.tensor([1, 5])}, "^given: datum 1 is outside the support of site 'label'"),
+        (labels, {"y": torch.tensor([0.0, 1.0])}, "^y: expected whole numbers as labels"),
+        (clusters, {"y": torch.tensor([0, 9])}, r"^given\['y'\]: datum 1 is outside the support of site 'y'"),
+        (clusters, {"y": torch.tensor([0, -1])}, r"^given\['y'\]: datum 1 is outside"),
+        (clusters, {"z": torch.full((2, 2), torch.nan)}, r"^given\['z'\]: datum 0 is outside"),
+        (sphere, {"z": torch.full((2, 3), 5.0)}, r"^given\['z'\]: datum 0 is outside"),
+    ):
+        raises((TypeError, ValueError), message, sample, model, given=given_)
+
+    def with_a_global(x: Tensor | None, size: int | None = None) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", size, dim=-1):
+            pyro.sample("x", dist.Normal(theta, torch.ones(3)).to_event(1))
+
+    message = "^site 'theta': expected per-datum randomness"
+    raises(ValueError, message, sample, with_a_global, given={"theta": torch.zeros(3)})
+
+
 def test_wrong_things_given_are_named() -> None:
-    model = plain_model(nn.Linear(2, 4))
+    model, z = plain_model(nn.Linear(2, 4)), torch.tensor([1, 0])
     raises(ValueError, "^size: expected a number of data where nothing is given, got None", sample, model)
     for fixed, kind, message in (
         ({"z": [1.0]}, TypeError, r"^given\['z'\]: expected a tensor, got list"),
@@ -176,6 +210,8 @@ def test_wrong_things_given_are_named() -> None:
         ({"x": torch.zeros(3, 4)}, ValueError, "^given: "),
     ):
         raises(kind, message, sample, model, given=fixed)
+    wrong = "^given: expected a dictionary of tensors by name, got Tensor"
+    raises(TypeError, wrong, sample, model, given=z)
     raises(
         ValueError, r"^given\['z'\]: expected 4 data, got 3", sample, model, 4, given={"z": torch.zeros(3, 2)}
     )
