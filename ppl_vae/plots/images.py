@@ -30,6 +30,7 @@ def plot_images(
         The axes.
 
     Raises:
+        TypeError: if ``images`` is no tensor.
         ValueError: if these are no images, or there are more or fewer labels than rows or columns.
 
     Example:
@@ -39,6 +40,10 @@ def plot_images(
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['data', 'mean']
     """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
+    if images.dim() != 5:
+        raise ValueError(f"images: expected [rows, columns, C, H, W], got {list(images.shape)}")
     tiles = check_images("images", images, grid=2)
     for name, labels, count in (("rows", rows, tiles.shape[0]), ("columns", columns, tiles.shape[1])):
         if labels is not None and len(labels) != count:

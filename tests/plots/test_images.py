@@ -21,7 +21,7 @@ def test_images_stand_in_their_row_and_column_with_their_labels() -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.rand(5, 1, 4, 4), {}, r"images: images \[C, H, W\] are needed, got data of shape \[4, 4\]"),
+        (torch.rand(5, 1, 4, 4), {}, r"images: expected \[rows, columns, C, H, W\], got \[5, 1, 4, 4\]"),
         (
             torch.rand(2, 2, 2, 4, 4),
             {},
@@ -35,3 +35,8 @@ def test_images_stand_in_their_row_and_column_with_their_labels() -> None:
 def test_wrong_images_and_labels(images: torch.Tensor, labels: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plot_images(images, **labels)
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    with pytest.raises(TypeError, match="images: expected a tensor, got list"):
+        plot_images([[1.0]])  # type: ignore[arg-type]
