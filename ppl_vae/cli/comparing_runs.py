@@ -230,11 +230,7 @@ def _differences(found: Sequence[Measures]) -> list[dict[str, Estimate]]:
     """Return each later run's measures less those of the first, datum by datum."""
     first = found[0].estimates
     return [
-        {
-            name: Estimate(estimate.values - first[name].values, estimate.num_particles, float("nan"))
-            for name, estimate in measures.estimates.items()
-            if name in first
-        }
+        {name: estimate - first[name] for name, estimate in measures.estimates.items() if name in first}
         for measures in found[1:]
     ]
 

@@ -51,8 +51,7 @@ class BidirectionalMonteCarlo:
     @property
     def gap(self) -> Estimate:
         """Upper minus lower bound: in expectation both are at most that far from log p(x)."""
-        error = math.hypot(self.lower.monte_carlo_error, self.upper.monte_carlo_error)
-        return Estimate(self.upper.values - self.lower.values, self.num_chains, error)
+        return self.upper - self.lower
 
     def summary(self) -> dict[str, Any]:
         """Return means, standard errors and Monte Carlo errors as plain numbers, for a file."""

@@ -1,8 +1,9 @@
 """Evaluation of a model / guide pair: ELBO, its parts, and importance-sampled log p(x)."""
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,29 +171,8 @@ def evaluate(
     num_particles = check_positive_int("num_particles", num_particles)
     check_positive("memory", memory)
     check_seed(seed)
-    where = place(device, model, guide)
-    data = prepare_data(data, "data", where)
-    total = len(data) if isinstance(data, Split) else None
-    parts: list[dict[str, Tensor]] = []
-    with (
-        seeded(seed),
-        evaluating(model, guide),
-        tqdm(total=total, unit="datum", desc="log p(x)", disable=not progress, dynamic_ncols=True) as bar,
-    ):
-        first = first_batch(model, data, "data", 2, where)
-        with running_on("data", first):
-            check_pair(*trace_pair(model, guide, *first), first)
-        observed = check_all(model, guide, data, "data", where)
-
-        def run(n: int, k: int) -> Terms:
-            return terms(model, guide, *(t[:n] for t in first), num_particles=k)
-
-        rows = CPU_ROWS if where.type == "cpu" else sys.maxsize
-        size, particles = pass_size(memory, num_particles, rows, run)
-        with pyro.validation_enabled(False):
-            for small in checked_batches(model, data, observed, size, where):
-                parts.append(_evaluate_batch(model, guide, small, num_particles, particles))
-                bar.update(len(small[0]))
+    with passes(model, guide, data, num_particles, memory, device, seed, progress) as (size, chunk, batches):
+        parts = [_evaluate_batch(model, guide, small, num_particles, chunk) for small in batches(size)]
     values = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     n = len(values["elbo"])
 
@@ -240,6 +220,50 @@ def _evaluate_batch(
     relative = (log_sum_squares - 2 * log_sum + math.log(num_particles)).exp() - 1
     result["variance of log_likelihood"] = relative.clamp(min=0) / (num_particles - 1 or math.nan)
     return result
+
+
+@contextlib.contextmanager
+def passes(
+    model: Program,
+    guide: Program,
+    data: Any,
+    num_particles: int,
+    memory: float,
+    device: str | torch.device | None,
+    seed: int,
+    progress: bool,
+) -> Iterator[tuple[int, int, Callable[[int], Iterator[tuple[Tensor, ...]]]]]:
+    """Check a pair and its data, and make ready to take the log weights of all data in passes.
+
+    Yields:
+        How many data, and how many draws for each, a pass may have; and what gives the batches of a size,
+        on the device, while a bar counts them.
+    """
+    where = place(device, model, guide)
+    data = prepare_data(data, "data", where)
+    total = len(data) if isinstance(data, Split) else None
+    with (
+        seeded(seed),
+        evaluating(model, guide),
+        tqdm(total=total, unit="datum", desc="log p(x)", disable=not progress, dynamic_ncols=True) as bar,
+    ):
+        first = first_batch(model, data, "data", 2, where)
+        with running_on("data", first):
+            check_pair(*trace_pair(model, guide, *first), first)
+        observed = check_all(model, guide, data, "data", where)
+
+        def run(n: int, k: int) -> Terms:
+            return terms(model, guide, *(t[:n] for t in first), num_particles=k)
+
+        def batches(size: int) -> Iterator[tuple[Tensor, ...]]:
+            for small in checked_batches(model, data, observed, size, where):
+                yield small
+                bar.update(len(small[0]))
+
+        rows = CPU_ROWS if where.type == "cpu" else sys.maxsize
+        size, chunk = pass_size(memory, num_particles, rows, run)
+        with pyro.validation_enabled(False):
+            yield size, chunk, batches
 
 
 def pass_size(

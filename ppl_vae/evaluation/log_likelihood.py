@@ -1,27 +1,20 @@
 """The log-likelihood of data, log p(x), with what says how far it can be trusted."""
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import pyro
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ppl_vae._checks import check_choice, check_positive, check_positive_int, check_seed
-from ppl_vae._random import seeded
 from ppl_vae._warnings import warn
-from ppl_vae.data import Split
 from ppl_vae.evaluation._annealing import Schedule, Start
 from ppl_vae.evaluation._weights import effective_sample_size, estimate_of, log_mean_weight
 from ppl_vae.evaluation.annealed_importance_sampling import annealed_importance_sampling
-from ppl_vae.evaluation.evaluate import CPU_ROWS, Estimate, pass_size
+from ppl_vae.evaluation.evaluate import Estimate, passes
 from ppl_vae.evaluation.pareto import LEAST_TAIL, pareto_k_hat, tail_size
-from ppl_vae.infer.checking import check_all, checked_batches, first_batch, running_on
-from ppl_vae.infer.log_weights import Terms, log_weights, terms
-from ppl_vae.infer.placing import place, prepare_data
-from ppl_vae.infer.running import Program, check_pair, evaluating, trace_pair
+from ppl_vae.infer.log_weights import log_weights
+from ppl_vae.infer.running import Program
 
 RELIABLE = 0.7  # the largest k-hat
 
@@ -193,36 +186,17 @@ def _by_importance(
     seed: int,
     progress: bool,
 ) -> LogLikelihood:
-    where = place(device, model, guide)
-    data = prepare_data(data, "data", where)
-    total = len(data) if isinstance(data, Split) else None
     values, variances, k_hat, ess = [], [], [], []
-    with (
-        seeded(seed),
-        evaluating(model, guide),
-        tqdm(total=total, unit="datum", desc="log p(x)", disable=not progress, dynamic_ncols=True) as bar,
-    ):
-        first = first_batch(model, data, "data", 2, where)
-        with running_on("data", first):
-            check_pair(*trace_pair(model, guide, *first), first)
-        observed = check_all(model, guide, data, "data", where)
-
-        def run(n: int, k: int) -> Terms:
-            return terms(model, guide, *(t[:n] for t in first), num_particles=k)
-
-        rows = CPU_ROWS if where.type == "cpu" else sys.maxsize
-        size, chunk = pass_size(memory, num_particles, rows, run)
+    with passes(model, guide, data, num_particles, memory, device, seed, progress) as (size, chunk, batches):
         # the weights of a pass are kept, in the few copies that the fit of their tail takes
         size = max(1, min(size, int(memory // (64 * num_particles))))
-        with pyro.validation_enabled(False):
-            for small in checked_batches(model, data, observed, size, where):
-                weights = _log_weights(model, guide, small, num_particles, chunk)
-                value, variance = log_mean_weight(weights)
-                values.append(value)
-                variances.append(variance)
-                k_hat.append(pareto_k_hat(weights))
-                ess.append(effective_sample_size(weights))
-                bar.update(len(small[0]))
+        for small in batches(size):
+            weights = _log_weights(model, guide, small, num_particles, chunk)
+            value, variance = log_mean_weight(weights)
+            values.append(value)
+            variances.append(variance)
+            k_hat.append(pareto_k_hat(weights))
+            ess.append(effective_sample_size(weights))
     return LogLikelihood(
         estimate_of(values, variances, num_particles),
         torch.cat(k_hat).cpu(),
